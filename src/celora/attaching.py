@@ -20,7 +20,7 @@ from celora.errors import CELoraError
 from celora.machine.processes import gathers, made_by_first, same_in_all
 from celora.modeling.assign import choose_estimator, last_block
 from celora.modeling.eight_bit import EightBitForward
-from celora.modeling.float_forward import FloatForward
+from celora.modeling.float_forward import FloatForward, weight_for
 from celora.modeling.fused import FusedGraft
 from celora.modeling.graft import LayerGraft
 from celora.modeling.hooks import remove
@@ -30,7 +30,6 @@ from celora.modeling.passes import known as passes
 from celora.modeling.report import AttachReport, LayerReport
 from celora.modeling.survey import AdaptedLayer, Survey, survey
 from celora.modeling.switch import Mode
-from celora.modeling.trial import unlike
 from celora.numerics.estimators import Dense, Estimator
 from celora.planning.plan import Plan
 from celora.runtime.attachment import ATTRIBUTE, Attachment, attachments, find
@@ -207,8 +206,8 @@ def _graft_layer(layer: AdaptedLayer, estimator: Estimator | None, attachment: A
     graft.name = layer.name
     graft.under(layer.base)
     in_8_bits = estimator is not None and estimator.settings.forward != "exact"
-    if not in_8_bits and layer.takes_forward and FloatForward.pays(layer.base) and unlike(layer.base) == "":
-        FloatForward(graft, layer.base).under(layer.base)
+    if not in_8_bits and layer.takes_forward and weight_for(layer.base) is not None:
+        FloatForward(graft).under(layer.base)
     if estimator is None:
         graft.mode = Mode.EXACT
         return

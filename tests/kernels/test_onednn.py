@@ -50,6 +50,20 @@ def test_products_of_an_adapter(alpha: float) -> None:
     close(onednn.transposed_product(p, q), p.double().t() @ q.double(), 9 * 127**2)
 
 
+def test_second_operands_that_are_not_dense() -> None:
+    """oneDNN's reference kernel takes a thousand times as long with them."""
+    p, wide, row = torch.randn(9, 4), torch.randn(9, 50), torch.randn(1, 33)
+    for x in (wide[:, 3:36], row.expand(9, 33)):
+        close(onednn.transposed_product(p, x), p.double().t() @ x.double(), 9)
+    close(onednn.linear(p, wide[:, :4]), p.double() @ wide[:, :4].double().t(), 4)
+
+
+def test_many_rows_are_added_in_parts() -> None:
+    p, A, onto = torch.randn(2 * onednn._ROWS + 5, 4), torch.randn(4, 6), torch.randn(2 * onednn._ROWS + 5, 6)
+    expected = onto.double() + p.double() @ A.double()
+    close(onednn.skinny_product(p, A, alpha=1.0, onto=onto), expected, 4)
+
+
 def test_numbers_that_are_not_finite_stay_so() -> None:
     x = torch.tensor([[1.0, float("nan")], [float("inf"), 1.0], [1.0, 1.0]])
     y = onednn.linear(x, torch.ones(3, 2))

@@ -8,17 +8,21 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 import celora
+from celora import CELoraConfig
 from celora.borrowed import borrow
 from celora.kernels import onednn
 from celora.modeling.float_forward import FloatForward
+from celora.runtime.attachment import require
 from layers import conv1d
 from lora_layer import layer, run
+from machine import refuses
 from patching import patch_all
 from small import make_batch, make_model
 
@@ -118,12 +122,18 @@ def test_autocast_no_tokens_and_weights_that_train_are_the_layer_s_own() -> None
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_repeats_it(reentrant: bool) -> None:
-    x = torch.randn(100, 12, requires_grad=True)
-    model = layer(dtype=torch.float32)
+    x, g = torch.randn(100, 12), torch.randn(100, 20)
+    plain = layer(dtype=torch.float32)
+    model, given = copy.deepcopy(plain), x.clone().requires_grad_()
+    expected = run(plain, x, g)
     celora.attach(model, "exact")
-    expected = torch.autograd.grad(copy.deepcopy(model)(x).sum(), x)[0]
-    checkpoint(model, x, use_reentrant=reentrant).sum().backward()
-    torch.testing.assert_close(x.grad, expected)
+
+    def twice() -> None:
+        checkpoint(model, given, use_reentrant=reentrant).backward(g)
+
+    assert products(twice) == OF_ONE_LAYER + 3  # the forward's three are repeated
+    found = {"output": expected["output"], "x": given.grad}
+    same(found | {name: p.grad for name, p in model.named_parameters() if p.requires_grad}, expected)
 
 
 def test_a_copy_and_a_file_have_their_own() -> None:
@@ -144,11 +154,65 @@ def test_a_copy_and_a_file_have_their_own() -> None:
     same(run(model, x, g), expected)
 
 
+@pytest.mark.parametrize("shape", [(12,), (2, 50, 12)])
+def test_inputs_of_other_dimensions_and_a_bias_that_trains(shape: tuple[int, ...]) -> None:
+    plain = layer(dtype=torch.float32).base_model.model[0].base_layer
+    plain.bias.requires_grad_()
+    model: PeftModel = layer(dtype=torch.float32)
+    celora.attach(model, "exact")
+    base = model.base_model.model[0].base_layer
+    base.bias.requires_grad_()
+    x = torch.randn(shape)
+    for one in (plain, base):
+        one.train()(x).square().sum().backward()
+    torch.testing.assert_close(base.bias.grad, plain.bias.grad)
+
+
+def test_a_machine_of_several_accelerators_keeps_the_class_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`nn.DataParallel` may copy the model, and the copies would call the forward of the original."""
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    model = layer(dtype=torch.float32)
+    celora.attach(model, "exact")
+    assert not any(isinstance(module.__dict__.get("forward"), FloatForward) for module in model.modules())
+
+
+def test_offloading_that_comes_later_changes_nothing() -> None:
+    """accelerate wraps the forward that is there. The layer is estimated as before."""
+    x, g, model = torch.randn(100, 12), torch.randn(100, 20), layer(dtype=torch.float32)
+    expected = run(model, x, g)
+    celora.attach(model, "exact")
+    base = model.base_model.model[0].base_layer
+    add_hook_to_module(base, AlignDevicesHook(execution_device="cpu"))
+    same(run(model, x, g), expected)
+    assert products(lambda: run(model, x, g)) == OF_ONE_LAYER
+    assert celora.attach(model, "exact").skipped == {}
+
+
+def test_other_presets_say_nothing_of_it() -> None:
+    for preset, dtype in (("off", torch.float32), ("exact", torch.bfloat16), ("fast", torch.bfloat16)):
+        assert "oneDNN" not in str(celora.attach(make_model(dtype=dtype), preset))
+
+
+def test_a_forward_in_8_bits_that_was_given_up_is_in_float32() -> None:
+    if refuses():
+        return
+    x, model = torch.randn(100, 48), layer(32, 48, dtype=torch.float32)
+    expected = model(x)
+    celora.attach(model, CELoraConfig(estimator="int8", forward="int8", fused=True))
+    assert not torch.allclose(model(x), expected)
+    assert products(lambda: model(x)) == 2  # the adapter's
+    (forward,) = require(model).forwards.values()
+    forward.give_up()
+    torch.testing.assert_close(model(x), expected)
+    assert products(lambda: model(x)) == 3
+
+
 def test_a_class_that_changes_later_computes_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     x, model = torch.randn(100, 12), layer(dtype=torch.float32)
     celora.attach(model, "exact")
-    base = model.base_model.model[0].base_layer
     monkeypatch.setattr(nn.Linear, "forward", lambda self, x: torch.nn.functional.linear(x, self.weight * 2))
-    with pytest.warns(UserWarning, match="does not compute"):
-        assert products(lambda: base(x)) == 0
-    torch.testing.assert_close(base(x), 2 * x @ base.weight.t())
+    for one in (model, copy.deepcopy(model)):
+        base = one.base_model.model[0].base_layer
+        with pytest.warns(UserWarning, match="does not compute"):
+            assert products(lambda base=base: base(x)) == 0
+        torch.testing.assert_close(base(x), 2 * x @ base.weight.t())

@@ -19,6 +19,7 @@ from celora.runtime.attachment import require
 from celora.settings.names import HEAD
 from machine import refuses
 from small import head_outlier, make_batch, make_model, outlier, train
+from without import without
 
 BOTH = CELoraConfig(estimator="int8", forward="int8", refresh_every=3, fused=True)
 pytestmark = pytest.mark.skipif(refuses(), reason="no 8-bit products here, which is tested in test_products")
@@ -30,7 +31,8 @@ pytestmark = pytest.mark.skipif(refuses(), reason="no 8-bit products here, which
     sees="one warning with the layer's name and the error",
     kept="the layer's own forward from then on, also after a resume",
 )
-def test_a_layer_that_loses_too_much_goes_back(tmp_path: Path) -> None:
+def test_a_layer_that_loses_too_much_goes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without(monkeypatch, "onednn")
     model = make_model()
     outlier(model, 1e-4)
     celora.attach(model, BOTH)

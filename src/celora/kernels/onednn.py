@@ -17,6 +17,7 @@ _LINEAR = "torch:ops.mkldnn._linear_pointwise"
 _PREPACK = "torch:ops.onednn.qlinear_prepack"
 _QLINEAR = "torch:ops.onednn.qlinear_pointwise"
 _PLAIN = (Tensor, torch.nn.Parameter)
+_ROWS = 1024  # are added at a time, so that their product takes little memory
 _OFFSET = 128  # the zero point of unsigned activations
 
 
@@ -76,22 +77,24 @@ def _zero_points(columns: int) -> Tensor:
 
 def takes_floats(x: Tensor) -> bool:
     """Whether oneDNN multiplies x, float32 on a CPU, faster than torch's own library."""
-    if x.dtype != torch.float32 or x.device.type != "cpu" or type(x) not in _PLAIN or not x.numel():
+    if torch.compiler.is_compiling() or x.dtype != torch.float32 or x.device.type != "cpu" or type(x) not in _PLAIN:
         return False
-    if torch.compiler.is_compiling():
-        return False
-    return wider_than_mkl() and borrow(_LINEAR) is not None
+    return x.numel() > 0 and wider_than_mkl() and borrow(_LINEAR) is not None
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
+    if not (weight.is_contiguous() or weight.t().is_contiguous()):
+        weight = weight.contiguous()  # other layouts meet a reference kernel that takes a thousand times as long
     y: Tensor = borrow(_LINEAR)(x, weight, bias, "none", [], "")
     return y if out is None else out.copy_(y)
 
 
 def skinny_product(x: Tensor, m: Tensor, *, alpha: float, onto: Tensor | None) -> Tensor:
-    y = linear(x, m.t())
     if onto is not None:
-        return onto.add_(y, alpha=alpha)
+        for rows, result in zip(x.split(_ROWS), onto.split(_ROWS), strict=True):
+            result.add_(linear(rows, m.t()), alpha=alpha)
+        return onto
+    y = linear(x, m.t())
     return y if alpha == 1 else y.mul_(alpha)
 
 

@@ -20,9 +20,9 @@ from torch.distributed.tensor import DTensor
 
 from celora.errors import CELoraError
 from celora.modeling.compiled import forward_product, multiplied
+from celora.modeling.float_forward import FloatForward
 from celora.modeling.graft import LayerGraft, in_dispatch_mode, scripted, without_autocast
 from celora.modeling.hooks import nothing
-from celora.modeling.own_forward import OwnForward
 from celora.modeling.switch import Mode
 from celora.modeling.trial import tampered
 from celora.numerics.measured import Measured
@@ -39,11 +39,10 @@ def own_bytes(module: nn.Module) -> bool:
     return plain_weight(module) is None and not unreadable(module) and stored_bytes(read(module)) is not None
 
 
-class EightBitForward(OwnForward):
-    """The forward of one frozen linear layer.
+class EightBitForward(FloatForward):
+    """The forward of one frozen linear layer, whose graft's product multiplies.
 
     Attributes:
-        graft: the layer's graft; its product multiplies.
         exact: whether the layer has gone back to its own forward.
     """
 
@@ -51,8 +50,7 @@ class EightBitForward(OwnForward):
     _under: tuple[Any, ...] = ()  # what the latest call was made under
 
     def __init__(self, graft: LayerGraft) -> None:
-        super().__init__(graft.switch)
-        self.graft = graft
+        super().__init__(graft)
         self.exact = False
         self._tuner: Callable[[], Any] = nothing
 
@@ -95,13 +93,17 @@ class EightBitForward(OwnForward):
             return False
         return own_bytes(module)
 
+    def otherwise(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+        own = super().forward if super().applies(module) else super().otherwise
+        return own(module, *args, **kwargs)
+
     def applies(self, module: nn.Module) -> bool:
         return self.switch.on and self.switch.forwards and not self.exact and not scripted()
 
     def forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
         x = args[0] if len(args) == 1 and not kwargs else None
         if not isinstance(x, Tensor) or not self._takes(module, x):
-            return type(module).forward(module, *args, **kwargs)
+            return self.otherwise(module, *args, **kwargs)
         dtype = x.dtype
         if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(x.device.type)  # of y; casting x would hide that other layers have it, too

@@ -16,11 +16,12 @@ from celora.kernels.backends import choose
 from celora.kernels.operations import linear
 from celora.modeling.graft import LayerGraft
 from celora.modeling.own_forward import OwnForward
-from celora.weights.read import bias_of, is_trainable, plain_weight, unreadable
+from celora.modeling.trial import unlike
+from celora.weights.read import bias_of, is_trainable, plain_weight
 
 
 class FloatForward(OwnForward):
-    """The forward of one frozen linear layer, whose class has been tried.
+    """The forward of one frozen linear layer.
 
     Attributes:
         graft: the layer's graft.
@@ -28,40 +29,36 @@ class FloatForward(OwnForward):
 
     name = "frozen forwards by oneDNN"
 
-    def __init__(self, graft: LayerGraft, base: nn.Module) -> None:
+    def __init__(self, graft: LayerGraft) -> None:
         super().__init__(graft.switch)
         self.graft = graft
-        self._tried: Any = type(base).forward
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_tried": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        module = self._module()
-        self._tried = None if module is None else type(module).forward
-
-    @staticmethod
-    def pays(module: nn.Module) -> bool:
-        """Whether another library multiplies with the weight of this linear layer."""
-        weight = None if unreadable(module) else plain_weight(module)
-        return weight is not None and choose("linear", weight).name != "torch"
 
     def forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
         x = args[0] if len(args) == 1 and not kwargs else None
-        if not self._takes(module, x):
+        weight = None if is_trainable(module) or torch.is_autocast_enabled("cpu") else weight_for(module)
+        if weight is None or not _fits(x, weight):
             return type(module).forward(module, *args, **kwargs)
-        y: Tensor = _Forward.apply(x, plain_weight(module), bias_of(module))  # type: ignore[no-untyped-call]
+        y: Tensor = _Forward.apply(x, weight, bias_of(module))  # type: ignore[no-untyped-call]
         return y
 
-    def _takes(self, module: nn.Module, x: Any) -> bool:
-        """Whether the layer is frozen, of the class that was tried, and would multiply these numbers in float32."""
-        if type(x) is not Tensor or not x.numel() or torch.is_autocast_enabled(x.device.type):
-            return False
-        if type(module).forward is not self._tried or is_trainable(module) or not self.pays(module):
-            return False
-        weight = plain_weight(module)
-        return weight is not None and x.dtype == weight.dtype and x.shape[-1] == weight.shape[1]
+
+def weight_for(module: nn.Module) -> Tensor | None:
+    """The weight of this linear layer, (out, in), if another library multiplies faster with it.
+
+    None also if a trial has not shown that the class's forward computes `x W^T + b`, or on a machine with several
+    accelerators: there `nn.DataParallel` may copy the model, and the copies would call the original's forward.
+    """
+    weight = plain_weight(module)
+    if weight is None or choose("linear", weight).name == "torch" or unlike(module) != "":
+        return None
+    return None if torch.accelerator.device_count() > 1 else weight
+
+
+def _fits(x: object, weight: Tensor) -> bool:
+    """Whether x is a plain tensor with tokens that the layer's own forward would multiply with this weight."""
+    if type(x) is not Tensor or not x.numel() or x.shape[-1] != weight.shape[1]:
+        return False
+    return (x.dtype, x.device) == (weight.dtype, weight.device)
 
 
 class _Forward(torch.autograd.Function):
@@ -77,4 +74,5 @@ class _Forward(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
         grad_x = None if weight is None else linear(grad_output, weight.t())
-        return grad_x, None, grad_output.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
+        grad_bias = grad_output.reshape(-1, grad_output.shape[-1]).sum(0) if ctx.needs_input_grad[2] else None
+        return grad_x, None, grad_bias

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.fsdp import FSDPModule
 
-from celora.kernels.operations import skinny_product, transposed_product
+from celora.kernels.operations import linear, skinny_product, transposed_product
 from celora.kernels.packed import QuantisedRows
 from celora.modeling.adapter import Adapter, looked_at, made_of, parts_of, touched, vanilla_adapter
 from celora.modeling.compiled import rounded_rows
@@ -283,7 +283,7 @@ class _LoraLinear(torch.autograd.Function):
                 if mask is None:
                     grad_x = skinny_product(through, A, onto=grad_x)
                 else:
-                    grad_x = grad_x.add_((through @ A).mul_(mask), alpha=1 / ctx.keep if ctx.keep else 0.0)
+                    grad_x = grad_x.add_(linear(through, A.t()).mul_(mask), alpha=1 / ctx.keep if ctx.keep else 0.0)
                 grad_x = grad_x.view(ctx.input_shape).to(ctx.input_dtype)
             if needs_bias:
                 grad_bias = g.sum(0).to(ctx.bias_dtype)

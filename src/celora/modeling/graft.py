@@ -3,7 +3,7 @@
 In: `grad_output: (T, out)`. Out: `grad_input: (T, in)`, by `LayerGraft.grad_input`.
 
 A forward hook on the frozen base layer gets the output that the layer has just computed. It detaches the output from
-the graph and returns it unchanged, from an autograd node of our own. So the forward stays PEFT's, bit for bit. Only
+the graph and returns it unchanged, from an autograd node of our own. So the graft changes no bit of the forward. Only
 `grad_input = grad_output @ W` goes through the layer's estimator.
 """
 
@@ -127,7 +127,7 @@ class LayerGraft(Measured, Hook):
                 if self._tried is not None:
                     self.estimator.product.forget()  # its copy is of the earlier weight
                 with unseen:
-                    # A sharded layer is tried by its own output, but not if a forward in 8 bits computed it.
+                    # A sharded layer is tried by its own output, but not if celora computed it.
                     found = unlike(module, None if is_ours(module.__dict__.get("forward")) else (x, output))
                 self._tried, self._unlike = None if found is None else now, found or ""
             reason = self._unlike

@@ -24,6 +24,12 @@ def is_ours(hook: Any) -> bool:
     return isinstance(getattr(hook, "__self__", hook), Hook)
 
 
+def has_another_s_forward(module: nn.Module) -> bool:
+    """Whether somebody else has replaced the forward of this one module."""
+    own = module.__dict__.get("forward")
+    return own is not None and not is_ours(own)
+
+
 def remove(module: nn.Module) -> None:
     """Remove every hook and forward of celora from this one module."""
     settle(module)

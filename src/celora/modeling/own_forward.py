@@ -53,9 +53,12 @@ class OwnForward(Hook, ABC):
         module = self._module()
         if module is None:
             raise CELoraError("the module that this forward belongs to is gone; copy modules by copy.deepcopy.")
-        if not self.applies(module):
-            return type(module).forward(module, *args, **kwargs)
-        return self.forward(module, *args, **kwargs)
+        run = self.forward if self.applies(module) else self.otherwise
+        return run(module, *args, **kwargs)
+
+    def otherwise(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+        """The output of the module where this forward does not apply: its class's."""
+        return type(module).forward(module, *args, **kwargs)
 
     def applies(self, module: nn.Module) -> bool:
         """Whether this forward applies; by default while the module trains."""

@@ -19,7 +19,7 @@ from celora.errors import CELoraError
 from celora.modeling.adapter import Adapter, vanilla_adapter
 from celora.modeling.bypass import own_product, refuse_patched
 from celora.modeling.eight_bit import own_bytes
-from celora.modeling.hooks import is_ours, settle_all
+from celora.modeling.hooks import has_another_s_forward, settle_all
 from celora.modeling.language_model import LanguageModel, find_language_model
 from celora.modeling.trial import tampered, unlike
 from celora.weights.quantised import stored_kind
@@ -82,12 +82,11 @@ class AdaptedLayer:
 
     @property
     def takes_forward(self) -> bool:
-        """Whether a forward in 8 bits may replace its own.
+        """Whether a forward of celora's may replace its own.
 
         Not with accelerate's offloading, nor for a quantised weight whose own bytes cannot be multiplied.
         """
-        own = self.base.__dict__.get("forward")
-        return (not self.quantised or self.multiplies_own_bytes) and (own is None or is_ours(own))
+        return (not self.quantised or self.multiplies_own_bytes) and not has_another_s_forward(self.base)
 
     @property
     def multiplies_own_bytes(self) -> bool:
@@ -192,7 +191,7 @@ def _adapted_layer(name: str, module: BaseTunerLayer) -> AdaptedLayer:
 
 def _cannot_estimate(module: BaseTunerLayer) -> str:
     base = module.get_base_layer()
-    split = "it is split by tensor parallelism" if is_split(base) else ""
+    split = "it is split by tensor parallelism" if is_split(base, replaced=has_another_s_forward(base)) else ""
     trained = "its weight is trained" if is_trainable(base) else ""
     return own_product(module) or split or tampered(base) or trained or unlike(base) or ""
 

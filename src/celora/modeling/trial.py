@@ -70,7 +70,7 @@ def watched_everywhere() -> bool:
 
 
 def _ours(forward: Any, graft: object) -> bool:
-    """Whether this forward is the 8-bit forward of `graft`; of any graft, if celora is being attached again."""
+    """Whether this forward is celora's beside `graft`; of any graft, if celora is being attached again."""
     return is_ours(forward) and (graft is None or getattr(forward, "graft", None) is graft)
 
 
@@ -216,6 +216,7 @@ def _aligns_devices(module: nn.Module, forward: Any) -> bool:
         return False
     old, hook = module.__dict__.get("_old_forward"), module.__dict__.get("_hf_hook")
     own = isinstance(old, MethodType) and old.__self__ is module and old.__func__ is type(module).forward
+    own = own or is_ours(old)  # it was attached before accelerate came
     hooks = getattr(hook, "hooks", (hook,))
     return own and forward.args == (module,) and all(_origin(type(one)) == _ALIGN for one in hooks)
 

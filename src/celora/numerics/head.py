@@ -157,10 +157,10 @@ class _Entropy(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             w, b = weight.to(ctx.dtype), None if bias is None else bias.to(ctx.dtype)
             size = max(1, chunk_size(len(rows), len(w)) // 4)  # several float32 copies of a chunk
-            buffer = chosen.new_empty(size, len(w))
+            buffer = _buffer(chosen, size, len(w), ctx.product)
             for start in range(0, len(rows), size):
                 part = slice(start, start + size)
-                y = _project(chosen[part], weight, w, b, buffer[: len(rows) - start], ctx.product).float().mul_(scale)
+                y = _project(chosen[part], weight, w, b, buffer, ctx.product).float().mul_(scale)
                 slope = None
                 if cap is not None:
                     y.div_(cap).tanh_()
@@ -195,17 +195,23 @@ def _chosen(hidden: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
     return hidden.reshape(-1, hidden.shape[-1]).index_select(0, rows).to(dtype)
 
 
-def _project(
-    chosen: Tensor, weight: Tensor, w: Tensor, b: Tensor | None, out: Tensor, product: Int8BothWays | None
-) -> Tensor:
-    """`chosen w^T + b`, (n, V), in 8 bits if there is a `product`; w is `weight` in the dtype of `chosen`.
+def _buffer(chosen: Tensor, rows: int, words: int, product: Int8BothWays | None) -> Tensor | None:
+    """Where the logits of each chunk of `rows` are written; None if what multiplies `chosen` cannot write there."""
+    writes = product is not None or choose("linear", chosen).name == "torch"
+    return chosen.new_empty(rows, words) if writes else None
 
-    It is in `out` if what multiplies can write there.
-    """
-    if product is not None:
-        product.project(chosen, weight, b, out)
-        return out
-    return linear(chosen, w, b, out=out if choose("linear", chosen).name == "torch" else None)
+
+def _project(
+    chosen: Tensor, weight: Tensor, w: Tensor, b: Tensor | None, buffer: Tensor | None, product: Int8BothWays | None
+) -> Tensor:
+    """`chosen w^T + b`, (n, V), in 8 bits if there is a `product`; w is `weight` in the dtype of `chosen`."""
+    if buffer is None:
+        return linear(chosen, w, b)
+    out = buffer[: len(chosen)]
+    if product is None:
+        return linear(chosen, w, b, out=out)
+    product.project(chosen, weight, b, out)
+    return out
 
 
 def _at_rows(gradient: Tensor, rows: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
@@ -253,10 +259,10 @@ class _Scores(torch.autograd.Function):
         with torch.autocast(device, enabled=False):
             w, b = weight.to(dtype), None if bias is None else bias.to(dtype)
             size = chunk_size(n, len(w))
-            buffer = chosen.new_empty(size, len(w))
+            buffer = _buffer(chosen, size, len(w), product)
             for start in range(0, n, max(1, size)):
                 part = slice(start, start + size)
-                z = _project(chosen[part], weight, w, b, buffer[: n - start], product)
+                z = _project(chosen[part], weight, w, b, buffer, product)
                 if compare is not None and start == 0:
                     compare(chosen[part], z, w, b)
                 softmax_rows(
@@ -276,6 +282,7 @@ class _Scores(torch.autograd.Function):
                         estimate = gradient[part].clone()
                         linear(z, w.t(), out=gradient[part])
                         measure(estimate[: count - start], gradient[start:count][:size])
+                del z  # without a buffer, the next chunk's logits would be beside it
         log_probs, entropy, top1 = log_probs[:count], entropy[:count], top1[:count]
         ctx.save_for_backward(None if gradient is None else gradient[:count], real)
         ctx.shape, ctx.dtype = hidden.shape, hidden.dtype

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from celora.kernels.backends import chosen
+from celora.kernels.operations import linear
 from celora.kernels.triton.judged import planned_on
 from celora.machine.cache import keep, recall
 from celora.machine.cpu import features, limits
@@ -189,7 +190,7 @@ def _over_exact(
     g *= torch.randn(tokens, 1, dtype=trains_in, device=device).exp()
     w_exact = w if trains_in == dtype else w.to(trains_in)
     forward = any(setting.forward != "exact" for setting in settings)
-    exact = (lambda: x @ w_exact.t() if base is None else trained_forward(base, x)) if forward else None
+    exact = (lambda: linear(x, w_exact) if base is None else trained_forward(base, x)) if forward else None
     named = {"0": _step(EXACT, shape, w_exact, x, g, exact)}
     named |= {str(i): _step(setting, shape, w, x, g, exact) for i, setting in enumerate(settings, 1)}
     return list(ratios(named, repeats=_REPEATS, device=device).values())

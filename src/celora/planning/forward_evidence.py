@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from celora.kernels.operations import linear
 from celora.machine.timing import interleaved
 from celora.numerics.estimators import Int8
 from celora.numerics.products.base import Native
@@ -70,7 +71,7 @@ def _milliseconds(layer: Layer) -> tuple[float, float, float]:
         for _ in range(times):
             product.forward(new, weight, None)
 
-    calls: dict[str, Callable[[], object]] = {"own": lambda: x @ weight.to(x.dtype).t()}
+    calls: dict[str, Callable[[], object]] = {"own": lambda: linear(x, weight.to(x.dtype))}
     if product.pays(*layer.shape, weight.device):
         calls |= {str(times): functools.partial(in_8_bits, times) for times in (1, 2)}
     found = {name: times["time_ms"] for name, times in interleaved(calls, repeats=7, device=weight.device).items()}

@@ -8,7 +8,7 @@ from collections.abc import Collection
 import torch
 
 from celora.machine.timing import slower_than_float32
-from celora.modeling.float_forward import FloatForward
+from celora.modeling.float_forward import FloatForward, weight_for
 from celora.modeling.own_forward import OwnForward
 from celora.modeling.survey import Survey
 from celora.settings.config import CELoraConfig
@@ -39,7 +39,8 @@ def whole_model_notes(
         apart = [layer.cannot_fuse for layer in layers if layer.cannot_fuse]
         rest = f"; PEFT's own path in {len(apart)}: {apart[0]}" if apart else ""
         notes.append(f"LoRA fused with its base layer in {len(layers) - len(apart)} of {len(layers)} layers{rest}.")
-    if any(FloatForward.pays(layer.base) for layer in found.layers.values()):
+    bases = [layer.base for layer in found.layers.values()]
+    if any(isinstance(base.__dict__.get("forward"), FloatForward) and weight_for(base) is not None for base in bases):
         notes.append("Float32 products are oneDNN's: on this CPU they are faster than torch's own.")
     if known:
         counts = Counter(kind.name for kind in known)

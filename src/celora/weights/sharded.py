@@ -21,13 +21,16 @@ def whole(weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
-def is_split(module: nn.Module) -> bool:
+def is_split(module: nn.Module, *, replaced: bool) -> bool:
     """Whether this layer's product is split over processes (tensor parallelism).
 
     Transformers replaces the forward of such layers; FSDP2 does not. PEFT marks the layers that it adapts.
+
+    Args:
+        replaced: whether somebody else has replaced this layer's forward.
     """
-    replaced = isinstance(getattr(module, "weight", None), DTensor) and "forward" in vars(module)
-    return replaced or bool(getattr(module, "_hf_tp_plan", None))
+    sharded = isinstance(getattr(module, "weight", None), DTensor)
+    return (sharded and replaced) or bool(getattr(module, "_hf_tp_plan", None))
 
 
 def rows_alone(weight: Tensor) -> bool:

@@ -30,7 +30,7 @@ import torch
 from torch import nn
 
 from celora.kernels.operations import available
-from celora.modeling.hooks import is_ours
+from celora.modeling.hooks import has_another_s_forward
 from celora.modeling.own_forward import OwnForward
 from celora.modeling.passes.gate import Gate, named_parts
 from celora.modeling.passes.norm import Norm, epsilon
@@ -50,7 +50,7 @@ def known(model: nn.Module) -> dict[nn.Module, type[OwnForward]]:
         kind = type(module)
         if any(p.device.type != "cpu" for p in itertools.islice(module.parameters(), 1)):
             continue
-        if "forward" in module.__dict__ and not is_ours(module.forward):
+        if has_another_s_forward(module):
             continue
         if kind.__name__.endswith("RMSNorm") and epsilon(module):
             if [name for name, _ in module.named_parameters()] == ["weight"]:

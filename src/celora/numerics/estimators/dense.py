@@ -13,7 +13,7 @@ from celora.numerics.estimators.observed import Finding, Observed
 
 
 class Dense(Estimator):
-    """`grad_input = grad_output @ W`, bit for bit what autograd computes for a linear layer."""
+    """`grad_input = grad_output @ W`: where torch multiplies, bit for bit what autograd computes for a linear layer."""
 
     name = "dense"
 
