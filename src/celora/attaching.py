@@ -26,6 +26,7 @@ from celora.modeling.graft import LayerGraft
 from celora.modeling.hooks import remove
 from celora.modeling.left_padding import OwnLoss
 from celora.modeling.model_graft import install
+from celora.modeling.own_forward import may_be_copied
 from celora.modeling.passes import known as passes
 from celora.modeling.report import AttachReport, LayerReport
 from celora.modeling.survey import AdaptedLayer, Survey, survey
@@ -206,7 +207,7 @@ def _graft_layer(layer: AdaptedLayer, estimator: Estimator | None, attachment: A
     graft.name = layer.name
     graft.under(layer.base)
     in_8_bits = estimator is not None and estimator.settings.forward != "exact"
-    if not in_8_bits and layer.takes_forward and weight_for(layer.base) is not None:
+    if not in_8_bits and layer.takes_forward and weight_for(layer.base) is not None and not may_be_copied():
         FloatForward(graft).under(layer.base)
     if estimator is None:
         graft.mode = Mode.EXACT

@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
 
-from celora.kernels.backends import TABLE
+from celora.kernels.backends import TABLE, Backend
 from celora.kernels.c import library, tier
 
 
@@ -35,3 +38,16 @@ def pretend(patch: pytest.MonkeyPatch, operation: str, *, there: bool) -> None:
         return there and getattr(decides, "device", decides).type == "cpu"  # type: ignore[attr-defined]
 
     patch.setitem(TABLE, operation, [dataclasses.replace(first, takes=takes), *others])
+
+
+def count_linear(patch: pytest.MonkeyPatch) -> list[tuple[torch.Size, torch.Size]]:
+    """The operands' shapes of each `linear` from now on, computed as by a library that cannot write into a tensor."""
+    seen: list[tuple[torch.Size, torch.Size]] = []
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
+        seen.append((x.shape, weight.shape))
+        y = functional.linear(x, weight, bias)
+        return y if out is None else out.copy_(y)
+
+    patch.setitem(TABLE, "linear", [Backend("another", run), *TABLE["linear"]])
+    return seen

@@ -50,18 +50,35 @@ def test_products_of_an_adapter(alpha: float) -> None:
     close(onednn.transposed_product(p, q), p.double().t() @ q.double(), 9 * 127**2)
 
 
-def test_second_operands_that_are_not_dense() -> None:
+def calls(patch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor]]:
+    """The operands of each product from now on."""
+    before, multiply, seen = borrow, borrow(onednn._LINEAR), []
+
+    def multiplied(x: Tensor, weight: Tensor, *rest: object) -> Tensor:
+        seen.append((x, weight))
+        return multiply(x, weight, *rest)
+
+    patch_all(patch, "celora.borrowed:borrow", lambda name: multiplied if name == onednn._LINEAR else before(name))
+    return seen
+
+
+def test_second_operands_that_are_not_dense(monkeypatch: pytest.MonkeyPatch) -> None:
     """oneDNN's reference kernel takes a thousand times as long with them."""
+    seen = calls(monkeypatch)
     p, wide, row = torch.randn(9, 4), torch.randn(9, 50), torch.randn(1, 33)
     for x in (wide[:, 3:36], row.expand(9, 33)):
         close(onednn.transposed_product(p, x), p.double().t() @ x.double(), 9)
     close(onednn.linear(p, wide[:, :4]), p.double() @ wide[:, :4].double().t(), 4)
+    assert len(seen) == 3
+    assert all(weight.is_contiguous() or weight.t().is_contiguous() for _, weight in seen)
 
 
-def test_many_rows_are_added_in_parts() -> None:
+def test_many_rows_are_added_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = calls(monkeypatch)
     p, A, onto = torch.randn(2 * onednn._ROWS + 5, 4), torch.randn(4, 6), torch.randn(2 * onednn._ROWS + 5, 6)
     expected = onto.double() + p.double() @ A.double()
     close(onednn.skinny_product(p, A, alpha=1.0, onto=onto), expected, 4)
+    assert [len(x) for x, _ in seen] == [onednn._ROWS, onednn._ROWS, 5]
 
 
 def test_numbers_that_are_not_finite_stay_so() -> None:

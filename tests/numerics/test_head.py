@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import statistics
+import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from celora.numerics.sampling import inclusion_probabilities, sample, uniform
 from largest import Largest
 from patching import patch_all
 from tiers import TIERS, use_tier
-from without import without
+from without import count_linear, without
 
 
 @pytest.fixture(params=[*TIERS, "operators"], autouse=True)
@@ -230,6 +232,33 @@ def test_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     with Largest() as seen:
         score_tokens(hidden, rows, targets, weight).log_probs.sum().backward()
     assert seen.numbers == max(10 * 5000, weight.numel())
+
+
+def test_a_library_that_cannot_write_into_a_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its logits are new for each chunk. Those of the chunk before are gone by then."""
+    patch_all(monkeypatch, "celora.numerics.head:_CHUNK_ROWS", 20)
+    patch_all(monkeypatch, "celora.numerics.head:_CHUNK_NUMBERS", 1)
+    hidden, rows, targets, weight = inputs()
+
+    def scored() -> tuple[Tensor, ...]:
+        found = score_tokens(hidden, rows, targets, weight, statistics=True)
+        assert found.entropy is not None
+        loss = found.log_probs.sum() + found.entropy.sum()
+        return found.log_probs.detach(), *torch.autograd.grad(loss, hidden)
+
+    expected, project = scored(), head._project
+    seen, logits = count_linear(monkeypatch), list[weakref.ref[Tensor]]()
+
+    def remembered(*given: Any) -> Tensor:
+        assert all(ref() is None for ref in logits[:3])
+        logits.append(weakref.ref(z := project(*given)))
+        return z
+
+    patch_all(monkeypatch, "celora.numerics.head:_project", remembered)
+    for found, one in zip(scored(), expected, strict=True):
+        torch.testing.assert_close(found, one)
+    assert len(logits) > 6
+    assert len(seen) == 2 * len(logits)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

@@ -16,12 +16,14 @@ import celora
 from celora.modeling.int8_linear import Int8Linear
 from celora.modeling.survey import survey
 from celora.planning.candidates import EXACT
-from celora.planning.fastest import gate
+from celora.planning.fastest import _over_exact, gate
 from celora.runtime.attachment import require
+from celora.settings.config import LayerConfig
 from celora.settings.presets import PRESETS, by_rule
 from machine import refuses
 from patching import patch_all
 from small import make_base, make_model, train
+from without import count_linear
 
 FAST, AUTO = PRESETS["fast"], by_rule(PRESETS["auto"])
 
@@ -109,6 +111,15 @@ def test_large_weights_are_cut_and_tokens_are_not(monkeypatch: pytest.MonkeyPatc
     assert timed == [(32, 512)]
     assert {timing["tokens"] for timing in told.timings} == {512}
     assert told.timings[-1]["shape"] == [61, 48]
+
+
+def test_an_exact_forward_takes_what_the_exact_product_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    if refuses():
+        return
+    seen, cpu = count_linear(monkeypatch), torch.device("cpu")
+    setting = LayerConfig("int8", rank=0, forward="int8")
+    _over_exact([setting], (32, 48), 16, torch.float32, cpu, None, torch.float32)
+    assert {*seen} == {((16, 48), (32, 48)), ((16, 32), (48, 32))}
 
 
 @pytest.mark.parametrize(("bfloat16", "trains_in"), [(0.5, torch.bfloat16), (2.0, torch.float32)])

@@ -31,6 +31,7 @@ from celora.planning.planner import make_plans
 from celora.settings.config import LayerConfig
 from machine import refuses
 from patching import patch_all
+from without import count_linear
 
 INT8, COLUMNS = LayerConfig("int8", rank=0), LayerConfig("columns", keep_ratio=0.5, rank=0)
 BOTH_WAYS = LayerConfig("int8", rank=0, forward="int8")
@@ -178,6 +179,13 @@ def test_a_faster_plan_that_misses_the_fidelity_is_not_taken(
     plan = celora.make_plan(model, batches, 0.99, forward=True)
     assert plan.forwards
     assert plan.audited_cosine >= 0.99
+
+
+def test_the_layer_s_own_forward_takes_what_the_exact_product_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, base = count_linear(monkeypatch), torch.nn.Linear(48, 32)
+    layer: Any = SimpleNamespace(base=base, dtype=torch.float32, tokens=16, shape=(32, 48))
+    _milliseconds(layer)
+    assert {*seen} == {((16, 48), (32, 48))}
 
 
 def test_candidates_with_both_directions_stand_beside_those_with_one() -> None:

@@ -134,7 +134,7 @@ def _onednn_may(instructions: str) -> bool:
 
 def _amd_family() -> int | None:
     """The family of a CPU of AMD's; None for others, and where the system does not tell."""
-    if _line("vendor_id") == "AuthenticAMD":
-        return int(_line("cpu family") or 0)
+    if vendor := _line("vendor_id"):
+        return int(_line("cpu family") or 0) if vendor == "AuthenticAMD" else None
     named = re.search(r"Family (\d+) .*AuthenticAMD", platform.processor())  # as Windows calls it
     return int(named[1]) if named else None

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from celora.errors import CELoraError
-from celora.kernels.operations import quantise_rows
+from celora.kernels.operations import linear, quantise_rows
 from celora.modeling.switch import Mode
 from celora.weights.read import read
 
@@ -58,7 +58,7 @@ def multiplied(
     product: Any = layer.estimator.product
     y: Tensor = product.forward(x, weight, bias, dtype)
     if measures:
-        exact = torch.nn.functional.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+        exact = linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
         layer.of_forward.measure(y.reshape(-1, y.shape[-1]), exact.reshape(-1, y.shape[-1]))
         product.look(x, weight)
     return y

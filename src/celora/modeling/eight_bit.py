@@ -22,7 +22,7 @@ from celora.errors import CELoraError
 from celora.modeling.compiled import forward_product, multiplied
 from celora.modeling.float_forward import FloatForward
 from celora.modeling.graft import LayerGraft, in_dispatch_mode, scripted, without_autocast
-from celora.modeling.hooks import nothing
+from celora.modeling.hooks import has_another_s_forward, nothing
 from celora.modeling.switch import Mode
 from celora.modeling.trial import tampered
 from celora.numerics.measured import Measured
@@ -118,7 +118,7 @@ class EightBitForward(FloatForward):
 
     def _takes(self, module: Any, x: Tensor) -> bool:
         """Whether the frozen weight is in memory, and the 8-bit product may multiply x with it."""
-        if not x.is_floating_point() or not x.numel() or is_trainable(module):
+        if not x.is_floating_point() or not x.numel() or is_trainable(module) or has_another_s_forward(module):
             return False
         # In evaluation, gradients are the model's own.
         if not module.training and torch.is_grad_enabled():

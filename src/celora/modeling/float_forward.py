@@ -15,8 +15,9 @@ from torch.autograd.function import once_differentiable
 from celora.kernels.backends import choose
 from celora.kernels.operations import linear
 from celora.modeling.graft import LayerGraft
+from celora.modeling.hooks import has_another_s_forward
 from celora.modeling.own_forward import OwnForward
-from celora.modeling.trial import unlike
+from celora.modeling.trial import was_tried
 from celora.weights.read import bias_of, is_trainable, plain_weight
 
 
@@ -36,7 +37,8 @@ class FloatForward(OwnForward):
     def forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
         x = args[0] if len(args) == 1 and not kwargs else None
         weight = None if is_trainable(module) or torch.is_autocast_enabled("cpu") else weight_for(module)
-        if weight is None or not _fits(x, weight):
+        # A wrapper that came later, as accelerate's, may put other weights in for each call.
+        if weight is None or not _fits(x, weight) or has_another_s_forward(module):
             return type(module).forward(module, *args, **kwargs)
         y: Tensor = _Forward.apply(x, weight, bias_of(module))  # type: ignore[no-untyped-call]
         return y
@@ -45,13 +47,10 @@ class FloatForward(OwnForward):
 def weight_for(module: nn.Module) -> Tensor | None:
     """The weight of this linear layer, (out, in), if another library multiplies faster with it.
 
-    None also if a trial has not shown that the class's forward computes `x W^T + b`, or on a machine with several
-    accelerators: there `nn.DataParallel` may copy the model, and the copies would call the original's forward.
+    None also if no trial has shown that the class's forward computes `x W^T + b`.
     """
     weight = plain_weight(module)
-    if weight is None or choose("linear", weight).name == "torch" or unlike(module) != "":
-        return None
-    return None if torch.accelerator.device_count() > 1 else weight
+    return weight if weight is not None and choose("linear", weight).name != "torch" and was_tried(module) else None
 
 
 def _fits(x: object, weight: Tensor) -> bool:
@@ -66,13 +65,14 @@ class _Forward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None)
+        # As the class's forward saves it: gradient checkpointing may repeat one by the other.
+        ctx.save_for_backward(weight.t() if ctx.needs_input_grad[0] else None)
         return linear(x, weight, bias).data  # not a view, so that the caller may change it in place
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        (weight,) = ctx.saved_tensors
-        grad_x = None if weight is None else linear(grad_output, weight.t())
+        (transposed,) = ctx.saved_tensors
+        grad_x = None if transposed is None else linear(grad_output, transposed)
         grad_bias = grad_output.reshape(-1, grad_output.shape[-1]).sum(0) if ctx.needs_input_grad[2] else None
         return grad_x, None, grad_bias

@@ -13,10 +13,9 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from celora.borrowed import borrow
-from celora.modeling.hooks import has_another_s_forward, is_ours
-from celora.modeling.others import fused_head, is_fused_head, replaced
+from celora.modeling.hooks import is_ours
+from celora.modeling.others import fused_head, is_fused_head, is_split, replaced
 from celora.modeling.packing import cannot_pack
-from celora.weights.sharded import is_split
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,7 @@ def not_ours(causal: PreTrainedModel) -> str:
     hooks = (*head._forward_hooks.values(), *head._forward_pre_hooks.values())
     if not isinstance(head.weight, DTensor) and not all(map(is_ours, hooks)):
         return f"{type(causal).__name__} has a Linear with hooks as its head"
-    if is_split(head, replaced=has_another_s_forward(head)):
+    if is_split(head):
         return "its head is split by tensor parallelism"
     if head.weight.requires_grad or not head.weight.is_floating_point():
         return "its head is trained or quantised"

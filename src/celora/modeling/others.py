@@ -1,4 +1,4 @@
-"""Finds other changes of a model's forward: replaced `forward`s, TRL's fused head, trainers that read logits."""
+"""Finds other changes of a model's forward: replaced and split ones, TRL's fused head, trainers that read logits."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from types import FrameType
 from typing import Any
 
 from torch import nn
+from torch.distributed.tensor import DTensor
 
+from celora.modeling.hooks import has_another_s_forward
 from celora.numerics.head import Logits
 
 # The outputs of TRL's fused head that celora computes.
@@ -66,6 +68,15 @@ def replaced(module: nn.Module) -> str:
         return ""
     found = name_of(function_of(forward))
     return "" if found.partition(".")[0] == "accelerate" else found  # it casts, or moves tensors between devices
+
+
+def is_split(module: nn.Module) -> bool:
+    """Whether this layer's product is split over processes (tensor parallelism).
+
+    Transformers replaces the forward of such layers; FSDP2 does not. PEFT marks the layers that it adapts.
+    """
+    sharded = isinstance(getattr(module, "weight", None), DTensor)
+    return (sharded and has_another_s_forward(module)) or bool(getattr(module, "_hf_tp_plan", None))
 
 
 def is_fused_head(causal: nn.Module) -> bool:

@@ -72,6 +72,11 @@ class OwnForward(Hook, ABC):
         """The output of a module that trains: the fast one, or its class's if the arguments do not fit."""
 
 
+def may_be_copied() -> bool:
+    """Whether `nn.DataParallel` may copy a model here, whose copies would call the forward of the original."""
+    return torch.accelerator.device_count() > 1
+
+
 def single(args: tuple[Any, ...], kwargs: dict[str, Any], operation: str) -> Tensor | None:
     """The argument of a call with one argument, if a kernel of this operation takes it; else None."""
     x = args[0] if len(args) == 1 and not kwargs else None

@@ -21,10 +21,10 @@ from celora.modeling.bypass import own_product, refuse_patched
 from celora.modeling.eight_bit import own_bytes
 from celora.modeling.hooks import has_another_s_forward, settle_all
 from celora.modeling.language_model import LanguageModel, find_language_model
+from celora.modeling.others import is_split
 from celora.modeling.trial import tampered, unlike
 from celora.weights.quantised import stored_kind
 from celora.weights.read import device_of, is_trainable, shape_of
-from celora.weights.sharded import is_split
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ def _adapted_layer(name: str, module: BaseTunerLayer) -> AdaptedLayer:
 
 def _cannot_estimate(module: BaseTunerLayer) -> str:
     base = module.get_base_layer()
-    split = "it is split by tensor parallelism" if is_split(base, replaced=has_another_s_forward(base)) else ""
+    split = "it is split by tensor parallelism" if is_split(base) else ""
     trained = "its weight is trained" if is_trainable(base) else ""
     return own_product(module) or split or tampered(base) or trained or unlike(base) or ""
 

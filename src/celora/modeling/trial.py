@@ -20,7 +20,7 @@ from torch.linalg import vector_norm
 from celora.borrowed import borrow
 from celora.machine.precision import float32_roundoff
 from celora.machine.processes import in_company, largest_of_all
-from celora.modeling.hooks import is_ours
+from celora.modeling.hooks import has_another_s_forward, is_ours
 from celora.weights.read import bias_of, plain_weight, read, shape_of, unreadable
 from celora.weights.sharded import whole
 from celora.weights.stored import StoredWeight, rows_of
@@ -95,9 +95,8 @@ def unlike(module: nn.Module, seen: tuple[Tensor, Tensor] | None = None) -> str 
     weight = module._parameters.get("weight", module._parameters.get("W_q"))
     if weight is None:
         return "its weight is not a parameter"
-    known = _outcomes.get(module)
-    if known is not None and known[0]() is weight and known[1] is type(module).forward:
-        return known[2]
+    if (known := _outcome(module, weight)) is not None:
+        return known
     here = plain_weight(module)  # with ZeRO-3 it is empty between two forwards
     if weight.is_meta or (here is not None and here.shape != shape_of(module)) or 0 in shape_of(module):
         return None
@@ -110,10 +109,21 @@ def unlike(module: nn.Module, seen: tuple[Tensor, Tensor] | None = None) -> str 
         different = f"it cannot be tried: {type(error).__name__}" + (f", {said}" if said else "")
     if isinstance(weight, DTensor) and seen is not None:
         different = _agreed(different, seen[0].device)
-    forward = module.__dict__.get("forward")
-    if different is not None and (forward is None or is_ours(forward)):
+    if different is not None and not has_another_s_forward(module):
         _outcomes[module] = weakref.ref(weight), type(module).forward, different
     return different
+
+
+def was_tried(module: nn.Module) -> bool:
+    """Whether a trial has shown that this layer, as it is now, computes `x W^T + b`. Tries nothing."""
+    return _outcome(module, module._parameters.get("weight")) == ""
+
+
+def _outcome(module: nn.Module, weight: object) -> str | None:
+    """What the trial of this layer with this weight has shown; None if there was none, or its class has changed."""
+    known = _outcomes.get(module)
+    same = known is not None and known[0]() is weight and known[1] is type(module).forward
+    return known[2] if known is not None and same else None
 
 
 def _agreed(different: str | None, device: torch.device) -> str | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
 # The first is the name since torch 2.13.
@@ -19,18 +19,6 @@ def whole(weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """The whole weight in `dtype`: itself, or gathered if it is sharded. It is cast before it is sent."""
     weight = weight if dtype is None else weight.to(dtype)
     return weight.full_tensor() if isinstance(weight, DTensor) else weight
-
-
-def is_split(module: nn.Module, *, replaced: bool) -> bool:
-    """Whether this layer's product is split over processes (tensor parallelism).
-
-    Transformers replaces the forward of such layers; FSDP2 does not. PEFT marks the layers that it adapts.
-
-    Args:
-        replaced: whether somebody else has replaced this layer's forward.
-    """
-    sharded = isinstance(getattr(module, "weight", None), DTensor)
-    return (sharded and replaced) or bool(getattr(module, "_hf_tp_plan", None))
 
 
 def rows_alone(weight: Tensor) -> bool:

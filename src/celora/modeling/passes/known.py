@@ -31,7 +31,7 @@ from torch import nn
 
 from celora.kernels.operations import available
 from celora.modeling.hooks import has_another_s_forward
-from celora.modeling.own_forward import OwnForward
+from celora.modeling.own_forward import OwnForward, may_be_copied
 from celora.modeling.passes.gate import Gate, named_parts
 from celora.modeling.passes.norm import Norm, epsilon
 from celora.modeling.passes.rotation import Rotation, calls_turn, turn_of, turns
@@ -40,11 +40,10 @@ from celora.modeling.passes.rotation import Rotation, calls_turn, turn_of, turns
 def known(model: nn.Module) -> dict[nn.Module, type[OwnForward]]:
     """The modules under `model` that get such a forward, each with the class of its forward.
 
-    There are none without compiled kernels, and none on machines with several accelerators. There `nn.DataParallel` may
-    copy the model, and the copies would call the forward of the original.
+    There are none without compiled kernels, and none where models may be copied.
     """
     found: dict[nn.Module, type[OwnForward]] = {}
-    if not available("rms_norm", torch.empty(1, device="cpu")) or torch.accelerator.device_count() > 1:
+    if not available("rms_norm", torch.empty(1, device="cpu")) or may_be_copied():
         return found
     for module in model.modules():
         kind = type(module)
