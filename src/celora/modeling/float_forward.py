@@ -14,10 +14,10 @@ from torch.autograd.function import once_differentiable
 
 from celora.kernels.backends import choose
 from celora.kernels.operations import linear
-from celora.modeling.graft import LayerGraft
+from celora.modeling.graft import LayerGraft, in_dispatch_mode
 from celora.modeling.hooks import has_another_s_forward
 from celora.modeling.own_forward import OwnForward
-from celora.modeling.trial import was_tried
+from celora.modeling.trial import unlike, was_tried
 from celora.weights.read import bias_of, is_trainable, plain_weight
 
 
@@ -36,9 +36,11 @@ class FloatForward(OwnForward):
 
     def forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
         x = args[0] if len(args) == 1 and not kwargs else None
-        weight = None if is_trainable(module) or torch.is_autocast_enabled("cpu") else weight_for(module)
         # A wrapper that came later, as accelerate's, may put other weights in for each call.
-        if weight is None or not _fits(x, weight) or has_another_s_forward(module):
+        if is_trainable(module) or has_another_s_forward(module) or torch.is_autocast_enabled("cpu"):
+            return type(module).forward(module, *args, **kwargs)
+        weight = weight_for(module)
+        if weight is None or not _fits(x, weight):
             return type(module).forward(module, *args, **kwargs)
         y: Tensor = _Forward.apply(x, weight, bias_of(module))  # type: ignore[no-untyped-call]
         return y
@@ -47,10 +49,13 @@ class FloatForward(OwnForward):
 def weight_for(module: nn.Module) -> Tensor | None:
     """The weight of this linear layer, (out, in), if another library multiplies faster with it.
 
-    None also if no trial has shown that the class's forward computes `x W^T + b`.
+    None also if no trial shows that the class's forward computes `x W^T + b`. A copy, or a layer with another weight,
+    is tried once, but not where something looks at every operator.
     """
     weight = plain_weight(module)
-    return weight if weight is not None and choose("linear", weight).name != "torch" and was_tried(module) else None
+    if weight is None or choose("linear", weight).name == "torch":
+        return None
+    return weight if was_tried(module) or (not in_dispatch_mode() and unlike(module) == "") else None
 
 
 def _fits(x: object, weight: Tensor) -> bool:
