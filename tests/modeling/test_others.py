@@ -10,18 +10,26 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import Trainer
 from trl.trainer.utils import add_fused_lm_head
 
 import celora
 from celora import CELoraConfig, CELoraError
 from celora.modeling import others
+from celora.modeling.float_forward import FloatForward
+from celora.modeling.graft import LayerGraft
+from celora.modeling.switch import Switch
+from celora.numerics.estimators import Dense
 from celora.numerics.head import Logits
 from celora.runtime.attachment import require
 from decoders import model_of
 from labelled import gradient, masked_batch
+from lora_layer import layer
 from small import make_model
 
 
@@ -249,3 +257,20 @@ def test_a_compute_loss_of_ones_own_that_calls_the_model_gets_logits(calls: str)
         assert said[0].startswith("celora: compute_loss of test_others calls the model")
         assert len(trainer.seen) == 3
         torch.testing.assert_close(trainer.seen[1], trainer.seen[0])
+
+
+def test_a_sharded_layer_is_split_if_somebody_else_replaced_its_forward() -> None:
+    """Transformers does so for tensor parallelism. FSDP2 shards, and celora's own forwards may come before it."""
+    model = layer(dtype=torch.float32)
+    base = model.base_model.model[0].base_layer
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        sharded = distribute_tensor(base.weight.detach(), init_device_mesh("cpu", (1,)), [Shard(0)])
+        base.weight = nn.Parameter(sharded, requires_grad=False)
+        assert not others.is_split(base)
+        FloatForward(LayerGraft(Dense(20, 12), Switch())).under(base)
+        assert not others.is_split(base)
+        base.forward = functools.partial(nn.Linear.forward, base)
+        assert others.is_split(base)
+    finally:
+        dist.destroy_process_group()
