@@ -19,6 +19,7 @@ from celora.numerics.estimators import Columns, Dense, make_estimator
 from celora.runtime.attachment import require
 from machine import refuses
 from small import make_batch, make_model, train
+from without import without
 
 HALF = CELoraConfig(estimator="columns", keep_ratio=0.5, rank=0, refresh_every=3, fused=True)
 PRESETS = {"exact": "exact", "estimated": HALF}
@@ -78,8 +79,9 @@ def test_a_kept_subset_gives_the_closed_form(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("mode", [Mode.OBSERVE, Mode.EXACT])
 @pytest.mark.parametrize("shape", [(5, 33), (2, 3, 33)])
 def test_refresh_and_exact_modes_are_autograd_bit_for_bit(
-    dtype: torch.dtype, mode: Mode, shape: tuple[int, ...]
+    dtype: torch.dtype, mode: Mode, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    without(monkeypatch, "onednn")
     plain = _linear(20, 33, dtype=dtype)
     plain.bias.requires_grad_(True)
     grafted = copy.deepcopy(plain)

@@ -10,6 +10,7 @@ from celora.numerics import reference
 from celora.numerics.estimators import Columns, Dense
 from machine import refuses
 from tiers import paired
+from without import without
 
 SHAPES = [(12, 8), (13, 7), (31, 64), (96, 33)]
 
@@ -69,7 +70,8 @@ def test_a_refresh_forgets_the_one_before() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_keeping_everything_is_dense_bit_for_bit(dtype: torch.dtype) -> None:
+def test_keeping_everything_is_dense_bit_for_bit(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    without(monkeypatch, "onednn")
     W, G = torch.randn(33, 20).to(dtype), torch.randn(9, 33).to(dtype)
     estimator = Columns(33, 20, keep_ratio=1.0, rank=4)
     assert estimator.ready
