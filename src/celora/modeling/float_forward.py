@@ -28,8 +28,6 @@ class FloatForward(OwnForward):
         graft: the layer's graft.
     """
 
-    name = "frozen forwards by oneDNN"
-
     def __init__(self, graft: LayerGraft) -> None:
         super().__init__(graft.switch)
         self.graft = graft
