@@ -36,6 +36,11 @@ def write(path: Path, *rows: dict) -> str:
         ({"chat_template_path": "FOLDER"}, "is no file; give one with a template"),
         ({"use_dora": True, "lora_bias": True}, "no adapter with these settings"),
         ({"lora_modules_to_save": ["heads"]}, "lora_modules_to_save='heads', but the model has no module of that name"),
+        (
+            {"lora_target_modules": ["q_porj"]},
+            "unknown lora_target_modules 'q_porj'; did you mean 'q_proj'",
+        ),
+        ({"lora_target_modules": ["q_proj", "_proj"]}, "unknown lora_target_modules '_proj'"),
         ({"lora_target_modules": ["all-linear", "q_proj"]}, "all-linear takes every linear layer; give it alone"),
     ],
 )

@@ -178,7 +178,7 @@ def test_biases_train_and_are_saved_with_checkpointing(inputs, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"lora_target_modules": ["nothing"]}, "Target modules"),
+        ({"lora_target_modules": ["nothing.*"]}, "Target modules"),
         ({"eval_strategy": "steps"}, "--eval-data"),
         ({"eval_on_start": True}, "eval_on_start=True needs rows .* --eval-data"),
         ({"activation_offloading": True, "use_cpu": True}, "activation_offloading=True needs an accelerator"),

@@ -26,6 +26,7 @@ from celora.train.int8_loading import complete, load_int8_model
 from celora.train.processes import is_first
 from celora.train.request.arguments import TrainRequest
 from celora.train.rows.data import load_rows, local_files
+from celora.weights.read import shape_of
 
 
 def check_files(request: TrainRequest, *, resumed: bool) -> None:
@@ -248,12 +249,25 @@ def layers(names: Iterable[str]) -> set[str]:
 
 
 def check_modules(request: TrainRequest, model: Any) -> None:
-    """Raise CELoraError for a module to train as a whole that the model does not have: PEFT passes over its name."""
+    """Raise CELoraError for a module to train that the model does not have: of several names, PEFT passes over it."""
+    names = [name for name, _ in model.named_modules()]
     for target in request.lora["lora_modules_to_save"] or ():
-        if not any(name.endswith(target) for name, _ in model.named_modules()):
+        if not any(name.endswith(target) for name in names):
             raise CELoraError(
                 f"lora_modules_to_save={target!r}, but the model has no module of that name; leave it out"
             )
+    targets = request.lora["lora_target_modules"] or []
+    if _is_expression(targets) or any(parameter.dim() > 2 for parameter in model.parameters()):
+        return  # a layer's experts are one parameter, for which PEFT translates the names that they had before
+    for target in targets:
+        if not any(f".{name}".endswith(f".{target}") for name in names):
+            linear = {name.rpartition(".")[2] for name, module in model.named_modules() if all(shape_of(module))}
+            raise unknown("lora_target_modules", target, linear | {"all-linear"})
+
+
+def _is_expression(targets: list[str]) -> bool:
+    """Whether PEFT takes the targets as a text: "all-linear", or an expression for the whole name of a layer."""
+    return len(targets) == 1 and not re.fullmatch(r"[\w.]+", targets[0])
 
 
 def lora_config(request: TrainRequest) -> LoraConfig:
@@ -267,14 +281,11 @@ def lora_config(request: TrainRequest) -> LoraConfig:
     targets = lora["lora_target_modules"]
     if "all-linear" in (targets or []) and len(targets) > 1:
         raise CELoraError(f"lora_target_modules={targets}: all-linear takes every linear layer; give it alone")
-    # PEFT takes "all-linear" and a regular expression as a string, which must match the whole name of a layer.
-    if targets and len(targets) == 1 and not re.fullmatch(r"[\w.]+", targets[0]):
-        targets = targets[0]
     with refused("adapter"):
         return LoraConfig(
             task_type=lora["lora_task_type"],
             r=request.r,
-            target_modules=targets,
+            target_modules=targets[0] if targets and _is_expression(targets) else targets,
             lora_alpha=lora["lora_alpha"],
             lora_dropout=lora["lora_dropout"],
             bias=request.options.bias,

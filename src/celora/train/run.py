@@ -187,10 +187,10 @@ def _prepare(run: _Entered, console: Console, clock: WallClock) -> _Ready:
     with clock.spending("load"):
         request, dtype_line = settle_dtype(request, args, earlier)
         say(console, quiet, dtype_line)
-        model = load_model(request)
+        peft, model = lora_config(request), load_model(request)
         check_modules(request, model)
     with clock.spending("tokenise"):
-        trainer = build_trainer(request, args, model, tokenizer, rows, eval_rows, peft=lora_config(request))
+        trainer = build_trainer(request, args, model, tokenizer, rows, eval_rows, peft=peft)
         check_tokens(trainer, request)
     trainer.wall_clock = clock
     with clock.spending("tokenise"):
