@@ -214,7 +214,6 @@ def test_damaged_files_of_a_model_are_one_line(inputs, tmp_path, capsys):
         assert said in capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
 def test_a_model_without_a_linear_layer_has_no_way_in_8_bits(inputs, tmp_path, monkeypatch):
     """GPT-2's layers are of another class, and its configuration does not name the width of its MLP."""
     patch_all(monkeypatch, "celora.train.forecast.blocks:seconds", lambda probe, batch, optimizer: 0.1)

@@ -119,7 +119,6 @@ def test_texts_without_an_end_token_are_one_line(inputs, tmp_path):
     sees="`a row of '...' has 31 tokens, and the model has 16 positions; give --max_length 16`, exit status 2",
     kept="everything: nothing was written",
 )
-@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
 def test_rows_longer_than_the_learned_positions_are_one_line(inputs, tmp_path):
     small = {"vocab_size": 48, "n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 16, "bos_token_id": 1}
     AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **small)).save_pretrained(tmp_path / "model")

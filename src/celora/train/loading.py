@@ -328,6 +328,8 @@ def quiet_libraries() -> Iterator[None]:
             warnings.filterwarnings(
                 "ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning
             )
+            # PEFT sets for GPT-2's layers what nobody can give to `celora train`.
+            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False but the target module is `Conv1D")
             # PEFT takes the one-dimensional bias of lora_bias=True for a matrix that lost a dimension.
             warnings.filterwarnings("ignore", message=r".*have invalid shape: \S+\.lora_B\.bias")
             if not is_first():
