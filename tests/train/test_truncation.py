@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -54,6 +55,24 @@ def test_rows_to_evaluate_on_are_counted_for_themselves(inputs, tmp_path):
     (tmp_path / "test.jsonl").write_text(json.dumps({"prompt": "w1 " * 11 + "w2", "completion": " w3"}))
     with pytest.raises(CELoraError, match=r"no row of .*test\.jsonl' has a token to learn within max_length=8"):
         go({**inputs, **given}, tmp_path / "b", eval_data=test)
+
+
+@pytest.mark.fault(
+    "input",
+    "conversations longer than the positions that a model was made for",
+    sees="how many rows are; also with --quiet",
+    kept="all of them; a smaller `--max_length` cuts them",
+)
+def test_rows_beyond_the_model_s_positions_are_counted(inputs, tmp_path):
+    config = Path(inputs["model"]) / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 9}))
+    given = rows(tmp_path / "rows.jsonl", [8, 9, 10, 15], max_length=12, quiet=True)
+    _, text = go({**inputs, **given}, tmp_path / "out")
+    cut, beyond = text.strip().splitlines()
+    assert cut.startswith("1 of 4 rows are longer than max_length=12")
+    assert beyond == (
+        "2 of 4 rows have more tokens than the 9 positions that the model was made for. --max_length 9 cuts them."
+    )
 
 
 def test_nothing_is_said_where_all_fits(inputs, tmp_path):

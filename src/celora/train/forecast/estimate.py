@@ -303,7 +303,7 @@ def _rows(everything: Any, config: Any, build: Callable[[Any, Any], Any]) -> tup
         labelled=round(learnt_tokens(trainer.train_dataset)[0] * times),
         longest=tuple(int(n) for n in sorted(longest, reverse=True)[:1024]),
     )
-    return found, rows, "".join(truncation_lines(trainer, rows))
+    return found, rows, " ".join(truncation_lines(trainer, rows))
 
 
 def _all_ways(

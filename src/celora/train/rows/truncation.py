@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,8 +16,9 @@ _LOSE_NOTHING = ("bfd_split", "wrapped")  # packing strategies that continue a l
 
 
 def truncation_lines(trainer: Any, rows: Any, eval_rows: Any = None) -> Iterator[str]:
-    """One line for `rows` and one for `eval_rows`, each only if something does not fit into `max_length` tokens."""
-    args = trainer.args
+    """Lines for `rows` and for `eval_rows`: what does not fit into `max_length` tokens, or the model's positions."""
+    args, config = trainer.args, trainer.model.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None) or sys.maxsize
     if borrow("trl:SFTTrainer._prepare_dataset") is None:
         return
     eval_packing = args.packing if args.eval_packing is None else args.eval_packing
@@ -24,9 +26,17 @@ def truncation_lines(trainer: Any, rows: Any, eval_rows: Any = None) -> Iterator
         ("rows", "train", rows, trainer.train_dataset, args.packing),
         ("rows to evaluate on", "eval", eval_rows, trainer.eval_dataset, eval_packing),
     ):
+        if given is None:
+            continue
         whole = args.max_length is None or (packing and args.packing_strategy in _LOSE_NOTHING)
-        if given is not None and not whole and (line := _line(trainer, kind, split, given, prepared)):
+        if not whole and (line := _line(trainer, kind, split, given, prepared)):
             yield line
+        lengths = sequence_lengths(prepared)
+        if beyond := int((lengths > positions).sum()):
+            yield (
+                f"{beyond:,} of {len(lengths):,} {kind} have more tokens than the {positions:,} positions that the "
+                f"model was made for. --max_length {positions} cuts them."
+            )
 
 
 def _line(trainer: Any, kind: str, split: str, rows: Any, prepared: Any) -> str | None:
