@@ -47,6 +47,15 @@ def choose(kind: str, name: str, known: Iterable[str]) -> str:
     raise unknown(kind, name, choices)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says; the name of its class if it says nothing.
+
+    >>> first_line(OSError("no such file\\nlook elsewhere")), first_line(MemoryError())
+    ('no such file', 'MemoryError')
+    """
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether Python or torch raised this error because memory ran out."""
     # By name: torch may not be imported yet. Its CPU allocator raises a bare RuntimeError.

@@ -87,6 +87,13 @@ def test_there_is_one_openmp_runtime_and_it_is_torchs(preloaded: bool) -> None:
     assert done.stdout.split() == ["True", "2" if preloaded else "1", "True", "True"], done.stderr
 
 
+@needs_kernels
+def test_they_run_in_a_python_that_leaves_out_assertions() -> None:
+    code = "import torch; from celora.kernels.c import rows; print(rows.squared_row_norms(torch.ones(2, 8)).tolist())"
+    done = subprocess.run([sys.executable, "-O", "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["[8.0,", "8.0]"], done.stderr
+
+
 @each_tier
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_every_row_is_some_threads(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -128,10 +129,12 @@ def test_an_unclear_measurement_goes_on_and_then_keeps_half_the_memory(monkeypat
 
 
 def test_a_dtype_that_the_device_refuses_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(call: Callable[[], object], device: torch.device) -> float:
-        raise TypeError("BFloat16 is not supported on MPS")
-
+    """A full memory refuses no dtype."""
+    refuse = Mock(side_effect=torch.OutOfMemoryError("no memory"))
     patch_all(monkeypatch, "celora.machine.timing:timed", refuse)
+    with pytest.raises(torch.OutOfMemoryError):
+        time_over_float32(torch.bfloat16, CPU)
+    refuse.side_effect = TypeError("BFloat16 is not supported on MPS")
     assert time_over_float32(torch.bfloat16, CPU) == math.inf
 
 

@@ -10,6 +10,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -369,3 +370,13 @@ def test_a_dropped_layer_is_freed_at_once() -> None:
     gone = weakref.ref(layer)
     del layer
     assert gone() is None
+
+
+def test_a_layer_that_memory_was_too_short_for_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What failed has shown nothing about the layer."""
+    layer = nn.Linear(8, 4)
+    with monkeypatch.context() as patch:
+        patch.setattr(trial, "_compared", Mock(side_effect=torch.OutOfMemoryError("no memory")))
+        with pytest.raises(torch.OutOfMemoryError):
+            unlike(layer)
+    assert unlike(layer) == ""

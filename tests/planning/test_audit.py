@@ -116,6 +116,25 @@ def test_leaves_everything_untouched() -> None:
         assert value.equal(found[name])
 
 
+@pytest.mark.skipif(refuses(), reason="no 8-bit products here, which is tested in test_products")
+def test_before_a_training_it_leaves_that_training_untouched() -> None:
+    """The head draws words by the number of the call, and its error is measured in the first steps."""
+    eight_bit = {"forward": "int8", "head_forward": "int8", "labelled_head": True}
+    drawing = CELoraConfig(estimator="int8", refresh_every=4, head_keep_ratio=0.5, **eight_bit)
+    audited, left_alone = make_model(), make_model()
+    for model in (audited, left_alone):
+        celora.attach(model, drawing)
+    celora.audit(audited, make_batch(5))
+    errors = []
+    for model in (audited, left_alone):
+        train(model, 1)
+        errors.append(require(model).relative_errors.copy())
+        train(model, 2)
+    assert errors[0] == errors[1]
+    assert errors[0]["head"] > 0
+    assert all(value.equal(adapter(audited)[name]) for name, value in adapter(left_alone).items())
+
+
 def test_before_the_first_refresh_the_batch_itself_selects(model: PeftModel, batch: dict[str, torch.Tensor]) -> None:
     celora.attach(model, HALF)
     report = celora.audit(model, batch)

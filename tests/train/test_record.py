@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from importlib import metadata
 
 import pytest
 from transformers import TrainerCallback
 
+import celora
 from celora.train import record
 from runs import go, on_build
 
@@ -24,6 +26,22 @@ def test_metrics_edited_by_hand_do_not_spoil_the_end(inputs, tmp_path, monkeypat
         result, _ = go(inputs, tmp_path / "out", max_steps=2)
     assert result.summary["median_step_time_ms"] > 0
     assert json.loads((tmp_path / "out" / "run.json").read_text())["status"] == "finished"
+
+
+def test_a_copy_that_was_never_installed_has_no_version_there(inputs, tmp_path, monkeypatch):
+    version = metadata.version
+
+    def of_others(name):
+        if name == "celora":
+            raise metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr("celora.machine.packages.metadata.version", of_others)
+    go(inputs, tmp_path / "out", max_steps=1)
+    document = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert document["celora"] == celora.__version__
+    assert document["versions"]["celora"] is None
+    assert document["versions"]["torch"] == version("torch")
 
 
 def test_a_loss_of_an_earlier_evaluation_is_not_shown_beside_the_last_one(inputs, tmp_path, monkeypatch):

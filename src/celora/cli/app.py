@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from importlib import metadata
 from typing import Annotated
 
 import typer
 
+import celora
 from celora.errors import CELoraError
 
 HELP = """Faster LoRA fine-tuning of Hugging Face models. The result is an ordinary PEFT adapter.
@@ -36,7 +36,7 @@ app = typer.Typer(
 
 def _version(asked: bool) -> None:
     if asked:
-        typer.echo(f"celora {metadata.version('celora')}")
+        typer.echo(f"celora {celora.__version__}")
         raise typer.Exit
 
 

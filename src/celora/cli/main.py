@@ -32,7 +32,7 @@ from celora.cli import measure, studies  # noqa: F401
 
 # isort: on
 from celora.cli.hush import hush
-from celora.errors import CELoraError, out_of_memory
+from celora.errors import CELoraError, first_line, out_of_memory
 
 
 def main(arguments: Sequence[str] | None = None, *, began: float | None = None) -> int:
@@ -95,7 +95,7 @@ def _break_down(error: Exception) -> int:
         typer.echo(f"failed: {error}; make room and run the command again (celora train: with --resume)", err=True)
     elif out_of_memory(error):
         typer.echo(
-            f"failed: out of memory ({next(iter(str(error).splitlines()), 'no more is said')}); lower "
+            f"failed: out of memory ({first_line(error)}); lower "
             "--per_device_train_batch_size or --max_length, or give --gradient_checkpointing true",
             err=True,
         )

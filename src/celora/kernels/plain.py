@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from celora.borrowed import borrow
-from celora.errors import out_of_memory
+from celora.errors import first_line, out_of_memory
 from celora.kernels.backends import backends_of, choose
 from celora.kernels.packed import BothWays, LibraryPacked, QuantisedRows
 from celora.machine.device import exact_device
@@ -316,7 +316,7 @@ def wrong_product(
     except RuntimeError as error:
         if out_of_memory(error):
             raise
-        return f"fails on this device: {str(error).strip().partition(chr(10))[0]}"
+        return f"fails on this device: {first_line(error)}"
     return "" if found.equal((a @ b).to(found.dtype)) else "is wrong on this device"
 
 

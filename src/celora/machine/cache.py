@@ -18,10 +18,15 @@ from celora.errors import CELoraError
 from celora.files import read_json, write_text
 
 
+def root() -> Path:
+    """celora's folder in the user's cache: `$XDG_CACHE_HOME/celora`, else `~/.cache/celora`. It may not exist yet."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home).expanduser().absolute() / "celora"
+
+
 def cache_folder(name: str) -> Path:
     """The user's folder `celora/name`, made if it is not there; OSError where others could put something there."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(home).absolute() / "celora" / name
+    folder = root() / name
     for parent in reversed((folder, *folder.parents)):
         if not parent.exists():
             parent.mkdir(mode=0o700, exist_ok=True)  # `parents=True` would make those above as the umask says

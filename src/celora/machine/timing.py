@@ -14,6 +14,7 @@ import psutil
 import torch
 
 from celora.borrowed import borrow
+from celora.errors import out_of_memory
 from celora.machine.device import accelerator, default_device
 
 _CLEARLY = 1.5  # times as long as float32's product: less is no reason to take twice the memory
@@ -175,7 +176,9 @@ def time_over_float32(dtype: torch.dtype, device: torch.device) -> float:
         calls = functools.partial(torch.mm, x.to(dtype), weight.to(dtype)), functools.partial(torch.mm, x, weight)
         for call in calls:
             timed(call, device)  # warms up
-    except (RuntimeError, TypeError):  # older versions of macOS have no bfloat16 on MPS
+    except (RuntimeError, TypeError) as error:  # older versions of macOS have no bfloat16 on MPS
+        if out_of_memory(error):
+            raise
         return math.inf
     while True:
         for _ in range(_TURNS):

@@ -222,12 +222,14 @@ def _show_inputs(attachment: Attachment, forward: Callable[[], object]) -> bool:
     if not waiting:
         return False
     grafts = [graft for name, graft in attachment.grafts.items() if name in waiting]
-    modes, head = [graft.mode for graft in grafts], None if attachment.forward is None else attachment.forward.eight_bit
+    modes, graft_of_head = [graft.mode for graft in grafts], attachment.forward
+    head = None if graft_of_head is None else graft_of_head.eight_bit
     for graft in grafts:
         graft.mode = Mode.OBSERVE
     if head is not None:
         head.watches = True
-    with torch.enable_grad():
+    own_draws = nullcontext() if graft_of_head is None else graft_of_head.through(graft_of_head.keep_ratio)
+    with torch.enable_grad(), own_draws:
         forward()
     attachment.forwards.follow_inputs(None)
     for graft, mode in zip(grafts, modes, strict=True):

@@ -7,7 +7,7 @@ import torch
 from celora.numerics.estimators import ESTIMATORS, Estimator, make_estimator
 from celora.settings.config import LayerConfig
 
-EXACT = LayerConfig("dense")  # the baseline of all candidates, and the only estimator that planning knows by name
+EXACT = LayerConfig("dense")  # the baseline of all candidates
 
 
 def make_candidate(setting: LayerConfig, shape: tuple[int, int], device: torch.device) -> Estimator:

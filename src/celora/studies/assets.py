@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import IO, Literal, get_args
 
 from celora.errors import CELoraError, unknown
+from celora.machine import cache
 
 Kind = Literal["movie", "news", "tweets", "product"]
 
@@ -68,11 +69,8 @@ def assets_folder() -> Path:
 
     `$CELORA_CACHE`, else `$XDG_CACHE_HOME/celora`, else `~/.cache/celora`.
     """
-    if own := os.environ.get("CELORA_CACHE"):
-        return Path(own).expanduser()
-    if shared := os.environ.get("XDG_CACHE_HOME"):
-        return Path(shared).expanduser() / "celora"
-    return Path.home() / ".cache" / "celora"
+    own = os.environ.get("CELORA_CACHE")
+    return Path(own).expanduser() if own else cache.root()
 
 
 def demo_model(say: Callable[[str], None] | None = None) -> Path:

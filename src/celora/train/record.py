@@ -7,7 +7,6 @@ import statistics
 import time
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 
 import celora
 from celora.machine.device import device_name
-from celora.machine.packages import PACKAGES
+from celora.machine.packages import PACKAGES, package_version
 from celora.modeling.report import AttachReport
 from celora.settings.config import CELoraConfig
 from celora.train.processes import processes
@@ -82,7 +81,7 @@ def make_record(request: TrainRequest, args: Any, config: CELoraConfig, attached
         "train": args.to_dict() | {name: request.train.get(name) for name in ("eos_token", "pad_token")},
         "estimated_layers": len(attached.estimated),
         "layers": [asdict(layer) for layer in attached.layers],
-        "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES},
+        "versions": {"python": platform.python_version()} | {name: package_version(name) for name in PACKAGES},
         "machine": {"device": device_name(args.device), "type": args.device.type, "threads": torch.get_num_threads()},
     }
 

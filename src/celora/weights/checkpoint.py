@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.utils import cached_file
 
-from celora.errors import CELoraError, Damaged
+from celora.errors import CELoraError, Damaged, first_line
 from celora.files import read_json
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -128,7 +128,7 @@ class Origin:
         try:
             tensors = stored_tensors(self.model, self.revision, offline=True)
         except (OSError, ValueError) as error:  # or a path, which is no name for the hub
-            raise CELoraError(f"{self.model!r} is not on this machine: {str(error).splitlines()[0]}") from None
+            raise CELoraError(f"{self.model!r} is not on this machine: {first_line(error)}") from None
         # The checkpoint of a bare model lacks the prefix of the model around it.
         for key in (self.name, self.name.partition(".")[2]):
             if key in tensors:

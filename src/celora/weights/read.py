@@ -3,7 +3,7 @@
 Most layers have their `(out, in)` weight as a tensor. GPT-2's Conv1D has `(in, out)`; celora reads it through a
 transposed view. For a quantised layer, `read` gives a `StoredWeight`. It behaves like the matrix, as far as estimators
 need: `weight[index]` de-quantises only those rows; `weight.to(dtype)` and `weight.detach()` de-quantise everything,
-each time; `data_ptr()` and `_version` tell whether a copy is out of date.
+each time.
 
 celora recognises layers by the names of their classes. So it imports no quantisation package before it is needed.
 """

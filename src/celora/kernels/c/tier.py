@@ -55,8 +55,8 @@ class Kernels:
 
     def run(self, name: str, slots: bytes, threads: int) -> int:
         """Call a kernel that there is with its arguments, each in a slot of eight bytes; what it returns."""
-        if name not in self._found:
-            assert self.has(name), name
+        if not self.has(name):
+            raise KeyError(name)
         run = self._run if self.threaded else self._team.run
         returned: int = run(self._found[name], slots, threads)
         return returned

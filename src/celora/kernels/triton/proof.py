@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from celora.errors import out_of_memory
+from celora.errors import first_line, out_of_memory
 from celora.kernels import floats, plain
 from celora.kernels.packed import BothWays, PackedWeight
 from celora.kernels.triton import judged, launches, product
@@ -256,7 +256,7 @@ def wrong_somewhere(operation: str, device: torch.device, dtypes: Sequence[torch
     except Exception as error:  # one that this GPU or this version of Triton refuses: torch's is there
         if out_of_memory(error):
             raise  # another time there may be enough
-        return f"failed: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        return f"failed: {type(error).__name__}: {first_line(error)}"
 
 
 def _fastest_tiles(dtype: torch.dtype, device: torch.device, size: int) -> dict[str, int]:

@@ -26,7 +26,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import celora
-from celora.errors import CELoraError, out_of_memory
+from celora.errors import CELoraError, first_line, out_of_memory
 from celora.kernels.backends import torch_alone
 from celora.modeling.int8_base import held_in_8_bits, quantise_base
 from celora.runtime.attachment import require
@@ -149,8 +149,7 @@ def stand_in(
     except Exception as error:  # whatever transformers raises about a configuration
         if isinstance(error, CELoraError) or out_of_memory(error):
             raise
-        said = next(iter(str(error).splitlines()), type(error).__name__)
-        raise CELoraError(f"models of type {config.model_type!r} are not estimated: {said}") from error
+        raise CELoraError(f"models of type {config.model_type!r} are not estimated: {first_line(error)}") from error
 
 
 def _alike(config: Any, blocks: int, dtype: torch.dtype, attention: str | None) -> Any:

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainerState
 
 from celora.borrowed import borrow
-from celora.errors import CELoraError, Diverged
+from celora.errors import CELoraError, Diverged, first_line
 from celora.files import clear, sync
 from celora.runtime.state import STATE_NAME, load_state
 from celora.train.output.card import CARD, Card, is_own
@@ -74,7 +74,7 @@ class SafeSaving:
         except RuntimeError as error:
             if not any(writer in str(error) for writer in _TORCHS_WRITER):
                 raise
-            raise OSError(str(error).splitlines()[0]) from error  # torch.save's way to say that the disk is full
+            raise OSError(first_line(error)) from error  # torch.save's way to say that the disk is full
 
     def _load_best_model(self) -> None:
         """Load it from this run's own folder. The path in a checkpoint's state may be from another machine."""

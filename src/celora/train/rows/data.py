@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import datasets
 
-from celora.errors import CELoraError, unknown
+from celora.errors import CELoraError, first_line, unknown
 from celora.files import check_regular
 from celora.train.rows import readers
 from celora.train.rows.readers import READERS, fail
@@ -388,8 +388,7 @@ def _hub(name: str, split: str, config: str | None) -> datasets.Dataset:
     try:
         return datasets.load_dataset(name, name=config, split=split)
     except Exception as error:  # whatever the hub client raises: network, unknown name, unknown split, ...
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CELoraError(
-            f"{name!r} is no file or folder here, and as a hub data set it failed: {type(error).__name__}: {reason} -- "
-            f"if it is meant to be a file:{_nearest(Path(name))}"
+            f"{name!r} is no file or folder here, and as a hub data set it failed: {type(error).__name__}: "
+            f"{first_line(error)} -- if it is meant to be a file:{_nearest(Path(name))}"
         ) from error
