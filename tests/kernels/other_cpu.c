@@ -131,7 +131,7 @@ static void critical(const void *g, int64_t rows, const void *packed, const floa
     }
     check("rows of critical_product", most - least, most, 1e-5);
     check("their number", fabs((double)(*work - kept)), 1, 0);
-    CALL("gathered_product", P(g), N(TOKENS), N(rows), N(rows), P(index), P(position), N(*work), P(NULL), P(NULL),
+    CALL("gathered_product", P(g), N(TOKENS), N(rows), N(rows), P(index), P(position), N(*work), P(NULL),
          P(packed), N(0), P(scale), N(columns), P(position + TOKENS), P(scales), P(starts), P(gathered), N(1));
     check("bits of critical_product", memcmp(out, gathered, bytes) != 0, 1, 0);
     free(work), free(gathered);
@@ -161,7 +161,7 @@ static uint64_t products(int64_t rows, int64_t columns, int64_t kept) {
     }
     CALL("pack_columns", P(w), N(rows), N(columns), N(columns), P(inverse), P(packed));
     void *scratch = malloc((size_t)ASK("scratch_bytes", N(TOKENS), N(rows), N(1), N(0)));
-    CALL("gathered_product", P(g), N(TOKENS), N(rows), N(rows), P(index), P(position), N(kept), P(NULL), P(NULL),
+    CALL("gathered_product", P(g), N(TOKENS), N(rows), N(rows), P(index), P(position), N(kept), P(NULL),
          P(packed), N(0), P(scale), N(columns), P(scratch), P(scales), P(starts), P(out), N(1));
     compare("G W", g, rows, dense, columns, NULL, NULL, index, kept, out);
     for (int64_t i = 0; i < TOKENS * columns * (bf16 ? 2 : 4); i++) bits = bits * 31 + ((uint8_t *)out)[i];
@@ -191,7 +191,7 @@ static uint64_t products(int64_t rows, int64_t columns, int64_t kept) {
     free(scratch);
     scratch = malloc((size_t)ASK("scratch_bytes", N(TOKENS), N(rows), N(1), N(1)));
     for (int64_t j = 0; j < columns; j++) inverse[j] = 1;
-    CALL("gathered_product", P(g), N(TOKENS), N(rows), N(rows), P(index), P(position), N(kept), P(NULL), P(scale),
+    CALL("gathered_product", P(g), N(TOKENS), N(rows), N(rows), P(index), P(position), N(kept), P(scale),
          P(packed), N(columns), P(inverse), N(columns), P(scratch), P(scales), P(starts), P(out), N(1));
     compare("G W, turned", g, rows, dense, columns, scale, NULL, index, kept, out);
     for (int64_t i = 0; i < TOKENS * columns * (bf16 ? 2 : 4); i++) bits = bits * 31 + ((uint8_t *)out)[i];

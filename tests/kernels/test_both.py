@@ -103,17 +103,16 @@ def test_forward(dtype: torch.dtype, shape: tuple[int, int], bias: bool) -> None
 def test_backward(dtype: torch.dtype, shape: tuple[int, int], kept: int | None) -> None:
     w, g = torch.randn(shape).to(dtype), torch.randn(25, shape[0]).to(dtype)
     index = None if kept is None else torch.randperm(25)[:kept].sort().values
-    factors = torch.rand(25 if kept is None else kept) + 0.5
     packed = packed_of(w)
     if packed is None:
         return
     rows = g if index is None else g[index]
     q, scale = reference.quantise(rows.double() * packed.scale.double(), 1, paired=paired())
     steps = (packed.dense() / packed.scale[:, None]).round().double()
-    expected = factors[:, None] * (q * scale @ steps)
+    expected = q * scale @ steps
     there = torch.full((25, shape[1]), 7.0).to(dtype)
     for onto in (None, there.clone()):
-        found = packed.rows(g, index, position=None, factors=factors, onto=onto)
+        found = packed.rows(g, index, position=None, onto=onto)
         others = torch.ones(25, dtype=torch.bool)
         others[slice(None) if index is None else index] = False
         assert (found[others] == (0 if onto is None else 7)).all()
@@ -129,7 +128,7 @@ def test_more_rows_and_depth_than_kernels_take_at_a_time(threads: int, use_threa
         return
     use_threads(threads)
     forwards = forward(packed, x)
-    backward = packed.rows(g, None, position=None, factors=None, onto=None)
+    backward = packed.rows(g, None, position=None, onto=None)
     q, scale = reference.quantise(x.double(), 1, paired=paired())
     expected = q * scale @ packed.dense().double().T
     assert (forwards.double() - expected).norm() <= tolerance(torch.float32) * expected.norm()
@@ -149,7 +148,7 @@ def test_critical_rows(dtype: torch.dtype, kept: int | None, share: float) -> No
     if packed is None or found is None:  # without kernels, choosing and multiplying are two steps
         return
     index, _ = operations.choose_rows(operations.squared_row_norms(g), kept=kept, share=share, step=1)
-    assert found.equal(packed.rows(g, index, position=None, factors=None, onto=None))
+    assert found.equal(packed.rows(g, index, position=None, onto=None))
 
 
 def test_one_input_serves_several_weights() -> None:
@@ -183,7 +182,7 @@ def test_features_of_very_different_size(dtype: torch.dtype) -> None:
     index = torch.tensor([1, 7, 20])
     q, row = reference.quantise(g[index].double() * packed.scale.double(), 1, paired=paired())
     expected = q * row @ (dense / packed.scale.double()[:, None])
-    found = packed.rows(g, index, position=None, factors=None, onto=None)[index]
+    found = packed.rows(g, index, position=None, onto=None)[index]
     assert (found.double() - expected).norm() <= tolerance(dtype) * expected.norm()
 
 
@@ -219,7 +218,7 @@ def test_what_is_not_finite_stays_so_and_zeros_stay_zeros(bad: float) -> None:
     assert torch.isfinite(y).all(1).tolist() == [True, True, True, True, False, True]
     g = torch.randn(6, 32)
     g[2], g[4, 7] = 0, bad
-    back = packed.rows(g, None, position=None, factors=None, onto=None)
+    back = packed.rows(g, None, position=None, onto=None)
     assert (back[2] == 0).all()
     assert torch.isfinite(back).all(1).tolist() == [True, True, True, True, False, True]
 
@@ -232,7 +231,7 @@ def test_the_bits_are_the_same_for_any_number_of_threads(threads: int, monkeypat
         return
 
     def both() -> tuple[Tensor, Tensor]:
-        back = packed.rows(g, None, position=None, factors=None, onto=None)
+        back = packed.rows(g, None, position=None, onto=None)
         return forward(packed, x), back
 
     alone = both()

@@ -24,15 +24,14 @@ def test_gathered_products(dtype: torch.dtype, shape: tuple[int, int], kept: int
     position = None if index is None else torch.full((25,), -1, dtype=torch.int32)
     if index is not None and position is not None:
         position[index] = torch.arange(len(index), dtype=torch.int32)
-    factors = torch.rand(25 if kept is None else kept) + 0.5
     scale = w.float().abs().amax(0).clamp(min=1e-20) / 127
     packed = dot_module.pack_columns(w, 1 / scale)
     rows = x if index is None else x[index]
-    expected = factors[:, None] * reference.int8(rows.double(), w.double(), paired=PAIRED[tier])
+    expected = reference.int8(rows.double(), w.double(), paired=PAIRED[tier])
     for fill in (True, False):
         around = torch.full((27, shape[1]), 7.0).to(dtype)
         out = around[1:26]
-        dot_module.gathered_product(x, packed, scale, out, index=index, position=position, factors=factors, fill=fill)
+        dot_module.gathered_product(x, packed, scale, out, index=index, position=position, fill=fill)
         others = torch.ones(25, dtype=torch.bool)
         others[slice(None) if index is None else index] = False
         assert (out[others] == (0 if fill else 7)).all()
@@ -66,7 +65,7 @@ def test_tiers_have_the_same_bits(
         for tier in WITH_DOTS:
             use_tier(monkeypatch, tier)
             out, packed = torch.full((rows, shape[1]), 7.0), dot_module.pack_columns(w, 1 / scale)
-            dot_module.gathered_product(x, packed, scale, out, index=index, position=None, factors=None, fill=False)
+            dot_module.gathered_product(x, packed, scale, out, index=index, position=None, fill=False)
             assert (out != 7).any(1).sum() == kept
             assert out.equal(found.setdefault(PAIRED[tier], out))
 
@@ -89,7 +88,7 @@ def test_integers_are_multiplied_exactly(shape: tuple[int, int], tier: str) -> N
     ones = torch.ones(columns)
     out = torch.empty(len(x), columns)
     packed = dot_module.pack_columns(w, ones)
-    dot_module.gathered_product(x, packed, ones, out, index=None, position=None, factors=None, fill=False)
+    dot_module.gathered_product(x, packed, ones, out, index=None, position=None, fill=False)
     assert out.equal((x.double() @ w.double()).float())
 
 
@@ -99,7 +98,7 @@ def test_neighbours_whose_sum_is_no_number_are_multiplied(tier: str) -> None:
     x[0, :2], x[1, 4] = 2e38, -3e38
     scale, out = torch.full((6,), 1e-3 / 127), torch.empty(2, 6)
     packed = dot_module.pack_columns(w, 1 / scale)
-    dot_module.gathered_product(x, packed, scale, out, index=None, position=None, factors=None, fill=False)
+    dot_module.gathered_product(x, packed, scale, out, index=None, position=None, fill=False)
     torch.testing.assert_close(out, 1e-3 * x, rtol=0.01, atol=0)
 
 
@@ -117,6 +116,6 @@ def test_critical_products(dtype: torch.dtype, shape: tuple[int, int], kept: int
     found = dot_module.critical_product(x, packed, scale, kept=kept, share=share)
     index, position = kernels.choose_rows(kernels.squared_row_norms(x), kept=kept, share=share, step=1)
     expected = torch.full((25, shape[1]), 7.0).to(dtype)
-    dot_module.gathered_product(x, packed, scale, expected, index=index, position=position, factors=None, fill=True)
+    dot_module.gathered_product(x, packed, scale, expected, index=index, position=position, fill=True)
     assert found.equal(expected)
     assert (found != 0).any(1).sum() <= len(index) < 26

@@ -89,7 +89,7 @@ def test_the_backward_is_that_of_the_weight_the_forward_multiplied_with() -> Non
     packed = forward.graft.estimator.product._multiplied_with(layer.weight)
     assert packed is forward.graft.estimator.product._packed
     g = torch.randn(9, 48)
-    back = packed.rows(g, None, position=None, factors=None, onto=None)
+    back = packed.rows(g, None, position=None, onto=None)
     expected = g @ packed.dense()
     assert (back - expected).norm() / expected.norm() < 0.02
 

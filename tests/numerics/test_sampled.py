@@ -74,6 +74,20 @@ def test_sampled_tokens_are_unbiased(rank: int, factor: str) -> None:
     assert (mean - G @ W).norm() < 4 * one / draws**0.5
 
 
+@pytest.mark.parametrize("precision", ["native", "int8"])
+def test_a_weight_of_a_draw_may_be_beyond_float16(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if precision == "int8" and refuses(copy=False):
+        return
+    drawn = torch.tensor([1]), torch.tensor([1e5], dtype=torch.float64), None
+    monkeypatch.setattr("celora.numerics.estimators.more.sampled.drawn", lambda *args, **settings: drawn)
+    more = {"precision": precision, "weight_copy": False}
+    estimator = SampledTokens(8, 8, keep_ratio=0.4, rank=0, selection="sampled", **more)
+    G = torch.full((3, 8), 1e-6, dtype=torch.float16)
+    found = estimator.estimate(G, torch.eye(8, dtype=torch.float16))
+    torch.testing.assert_close(found[1], torch.full((8,), 0.1, dtype=torch.float16), rtol=0.06, atol=0)
+    assert not found[[0, 2]].any()
+
+
 def test_draws_leave_the_global_random_state_alone_and_resume() -> None:
     W, G = torch.randn(16, 8), torch.randn(12, 16)
     first, second = (SampledTokens(16, 8, keep_ratio=0.4, selection="sampled", seed=5) for _ in range(2))

@@ -33,7 +33,6 @@ class ScaledFloats(PackedWeight):
         index: Tensor | None,
         *,
         position: Tensor | None,
-        factors: Tensor | None,
         onto: Tensor | None,
     ) -> Tensor:
         kept = x if index is None else x.index_select(0, index)
@@ -41,7 +40,7 @@ class ScaledFloats(PackedWeight):
         y: Tensor = borrow(SCALED_MM)(
             padded(kept.float() / scale[:, None], 1).to(torch.float8_e4m3fn),
             self.q,
-            scale_a=(scale if factors is None else scale * factors.float())[:, None],
+            scale_a=scale[:, None],
             scale_b=self.scale[None],
             out_dtype=torch.bfloat16,
         )

@@ -42,10 +42,9 @@ class PackedWeight(ABC):
         index: Tensor | None,
         *,
         position: Tensor | None,
-        factors: Tensor | None,
         onto: Tensor | None,
     ) -> Tensor:
-        """`factors[k] x[t] W` at each row t = index[k] of `x: (T, out)`, all rows if `index` is None: (T, in).
+        """`x[t] W` at each row t of `index` of `x: (T, out)`, all rows if `index` is None: (T, in).
 
         The other rows are those of `onto`, which is overwritten, or 0 without. `position`, the inverse of `index`,
         (T,) int32, may be given where it is known.
@@ -162,12 +161,9 @@ class LibraryPacked(PackedWeight):
         index: Tensor | None,
         *,
         position: Tensor | None,
-        factors: Tensor | None,
         onto: Tensor | None,
     ) -> Tensor:
         q, row_scale = self.quantised(x, index)
-        if factors is not None:
-            row_scale = row_scale * factors.to(row_scale.dtype)
         y = self.product(q, x.dtype)
         out: Tensor = choose("scatter_rows", x).run(
             y, x, index, position=position, row_scale=row_scale, column_scale=self.column_scale, onto=onto

@@ -443,10 +443,10 @@ static void EACH(matrix_products)(const int8_t *q, int64_t stride, const int64_t
 #endif
 
 /* Rows of x in 8 bits, as the products read them: all of them without index. fold: what each number is multiplied with
- * first, or NULL; factor: of each row's scale, or NULL.  */
+ * first, or NULL. */
 static void EACH(quantise_gathered)(const TYPE *x, int64_t rows, int64_t stride, const int64_t *index, int64_t kept,
-                                    const float *factor, const float *fold, int8_t *quantised, int64_t stride_of_q,
-                                    int64_t depth, float *scales, int32_t *starts, const team *team) {
+                                    const float *fold, int8_t *quantised, int64_t stride_of_q, int64_t depth,
+                                    float *scales, int32_t *starts, const team *team) {
     FOR_SHARE(k, kept) {
         int8_t *q = quantised + k * stride_of_q;
         const TYPE *row = x + (index ? index[k] : k) * stride;
@@ -457,7 +457,6 @@ static void EACH(quantise_gathered)(const TYPE *x, int64_t rows, int64_t stride,
         #pragma omp simd reduction(+ : sum)
         for (int64_t i = 0; i < rows; i++) sum += q[i];
         starts[k] = (int32_t)(-OFFSET * (uint32_t)sum);
-        if (factor) scales[k] *= factor[k];
     }
 }
 
@@ -475,11 +474,10 @@ static void EACH(products)(const int8_t *q, int64_t stride, int64_t rows, const 
     EACH(vector_products)(q, stride, index, kept, w, starts, scales, column_scale, bias, columns, out, team);
 }
 
-/* out[index[k]] = factor[k] x[index[k]] W in 8 bits, all rows without index; factor: NULL for 1. Rows with position < 0
- * become 0 if fill. turned: 0, or the number of columns of a weight that pack_rows has packed, for x W with that weight
+/* out[t] = x[t] W in 8 bits for each row t of index, all rows without. Rows with position < 0 become 0 if fill. turned: 0, or the number of columns of a weight that pack_rows has packed, for x W with that weight
  * and x multiplied with fold. scratch: of scratch_bytes. scales, starts: (kept,). */
 static void EACH(gathered_product)(const TYPE *x, int64_t tokens, int64_t rows, int64_t stride, const int64_t *index,
-                                   const int32_t *position, int64_t kept, const float *factor, const float *fold,
+                                   const int32_t *position, int64_t kept, const float *fold,
                                    const uint8_t *packed, int64_t turned, const float *column_scale, int64_t columns,
                                    void *scratch, float *scales, int32_t *starts, TYPE *out, int fill,
                                    const team *team) {
@@ -487,8 +485,7 @@ static void EACH(gathered_product)(const TYPE *x, int64_t tokens, int64_t rows, 
     int8_t *quantised = aligned(scratch);
     uint8_t *space = (uint8_t *)aligned(quantised + up_to(kept, SQUARE) * stride_of_q);
     const weight w = weight_of(packed, depth, turned, space, team->thread);
-    EACH(quantise_gathered)(x, rows, stride, index, kept, factor, fold, quantised, stride_of_q, depth, scales, starts,
-                            team);
+    EACH(quantise_gathered)(x, rows, stride, index, kept, fold, quantised, stride_of_q, depth, scales, starts, team);
     celora_meet(team);
     EACH(products)(quantised, stride_of_q, rows, index, kept, &w, starts, scales, column_scale, NULL, columns, out, team);
     if (position && fill)
@@ -509,7 +506,7 @@ static int64_t EACH(critical_product)(const TYPE *x, int64_t tokens, int64_t row
     celora_meet(team);
     if (!team->thread) *chosen = choose_rows(squared, tokens, kept, share, 1, index, position);
     celora_meet(team);
-    EACH(gathered_product)(x, tokens, rows, stride, index, position, *chosen, NULL, fold, packed, turned, column_scale,
+    EACH(gathered_product)(x, tokens, rows, stride, index, position, *chosen, fold, packed, turned, column_scale,
                            columns, position + tokens, scales, starts, out, 1, team);
     return *chosen;
 }
@@ -519,7 +516,7 @@ static int64_t EACH(critical_product)(const TYPE *x, int64_t tokens, int64_t row
 static void EACH(quantise_input)(const TYPE *x, int64_t tokens, int64_t rows, int64_t stride, const float *fold,
                                  void *q, float *scales, int32_t *starts, const team *team) {
     const int64_t depth = up_to(rows, DEEP);
-    EACH(quantise_gathered)(x, rows, stride, NULL, tokens, NULL, fold, aligned(q), row_stride(depth), depth, scales,
+    EACH(quantise_gathered)(x, rows, stride, NULL, tokens, fold, aligned(q), row_stride(depth), depth, scales,
                             starts, team);
 }
 

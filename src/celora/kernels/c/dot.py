@@ -91,7 +91,6 @@ class Panels(PackedWeight):
         index: Tensor | None,
         *,
         position: Tensor | None,
-        factors: Tensor | None,
         onto: Tensor | None,
     ) -> Tensor:
         g = known(x)
@@ -105,7 +104,6 @@ class Panels(PackedWeight):
             out,
             index=index,
             position=position,
-            factors=None if factors is None else factors.float(),
             fill=onto is None,
             fold=self.fold,
         )
@@ -136,14 +134,13 @@ def gathered_product(
     *,
     index: Tensor | None,
     position: Tensor | None,
-    factors: Tensor | None,
     fill: bool,
     fold: Tensor | None = None,
 ) -> None:
-    """`out[t] = factors[k] x[t] W` in 8 bits at each row t = index[k] of `x: (T, out)`; 0 at the others if `fill`.
+    """`out[t] = x[t] W` in 8 bits at each row t of `index` of `x: (T, out)`; 0 at the others if `fill`.
 
-    All rows if `index` is None. `position` is the inverse of `index`; `factors`, float32 (K,), may be None for 1. With
-    `fold`, float32 (out,), W is one that `pack_rows` has packed, and x is multiplied with `fold` first.
+    All rows if `index` is None. `position` is the inverse of `index`. With `fold`, float32 (out,), W is one that
+    `pack_rows` has packed, and x is multiplied with `fold` first.
     """
     rows, depth = x.shape
     kept, columns = rows if index is None else index.shape[0], out.shape[1]
@@ -152,7 +149,7 @@ def gathered_product(
     starts = torch.empty(kept, dtype=torch.int32, device="cpu")
     turned = 0 if fold is None else columns
     call_kernel("gathered_product", x, x.data_ptr(), rows, depth, x.stride(0), pointer(index), pointer(position), kept,
-          pointer(factors), pointer(fold), packed.data_ptr(), turned, column_scale.data_ptr(), columns,
+          pointer(fold), packed.data_ptr(), turned, column_scale.data_ptr(), columns,
           scratch.data_ptr(), scales.data_ptr(), starts.data_ptr(), out.data_ptr(), fill)  # fmt: skip
 
 

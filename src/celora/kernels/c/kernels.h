@@ -26,8 +26,8 @@
 #define DOT(KERNEL)                                                                                                \
     KERNEL(pack_columns, P(0), N(1), N(2), N(3), P(4), P(5))                                                       \
     KERNEL(pack_rows, P(0), N(1), N(2), N(3), P(4), P(5))                                                          \
-    KERNEL(gathered_product, P(0), N(1), N(2), N(3), P(4), P(5), N(6), P(7), P(8), P(9), N(10), P(11), N(12), P(13), \
-           P(14), P(15), P(16), I(17))                                                                             \
+    KERNEL(gathered_product, P(0), N(1), N(2), N(3), P(4), P(5), N(6), P(7), P(8), N(9), P(10), N(11), P(12), P(13), \
+           P(14), P(15), I(16))                                                                                    \
     KERNEL(critical_product, P(0), N(1), N(2), N(3), N(4), D(5), P(6), P(7), N(8), P(9), N(10), P(11), P(12))      \
     KERNEL(quantise_input, P(0), N(1), N(2), N(3), P(4), P(5), P(6), P(7))                                         \
     KERNEL(quantised_product, P(0), P(1), P(2), N(3), N(4), P(5), P(6), P(7), N(8), P(9))

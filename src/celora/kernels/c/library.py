@@ -26,7 +26,7 @@ _TYPED = {  # there is one for each dtype, which runs on torch's threads
     # dot.c; only in tiers with 8-bit dot products
     "pack_columns": "PqqqPP",
     "pack_rows": "PqqqPP",
-    "gathered_product": "PqqqPPqPPPqPqPPPPq",
+    "gathered_product": "PqqqPPqPPqPqPPPPq",
     "critical_product": "PqqqqdPPqPqPP",
     "quantise_input": "PqqqPPPP",
     "quantised_product": "PPPqqPPPqP",

@@ -106,12 +106,9 @@ class _Rows(PackedWeight):
         index: Tensor | None,
         *,
         position: Tensor | None,
-        factors: Tensor | None,
         onto: Tensor | None,
     ) -> Tensor:
         q, row_scale = quantise_rows(x, index, fold=self.fold, dtype=self.q.dtype)
-        if factors is not None:
-            row_scale = row_scale * factors.to(row_scale.dtype)
         if index is None:
             out = x.new_empty(len(x), self.q.shape[1])
         else:

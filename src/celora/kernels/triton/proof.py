@@ -163,15 +163,12 @@ def _product(x: Tensor, generator: torch.Generator, dtype: torch.dtype) -> str:
 
 
 def _weight(x: Tensor, generator: torch.Generator, ours: Pack, torchs: Pack, largest: float, dim: int) -> str:
-    """Rows of a weight packed by either: some of them, with factors, onto others."""
+    """Rows of a weight packed by either: some of them onto others."""
     w = torch.randn(x.shape[1], 48, device=x.device, generator=generator).to(x.dtype)
     scale = plain.divisor(torch.linalg.vector_norm(w.float(), float("inf"), dim=dim) / largest)
     index = torch.arange(0, len(x), 2, device=x.device)
-    factors = torch.rand(len(index), device=x.device, generator=generator) + 0.5
     onto = torch.ones(len(x), 48, device=x.device, dtype=x.dtype)
-    found, expected = (
-        pack(w, scale).rows(x, index, position=None, factors=factors, onto=onto.clone()) for pack in (ours, torchs)
-    )
+    found, expected = (pack(w, scale).rows(x, index, position=None, onto=onto.clone()) for pack in (ours, torchs))
     return _difference("rows", found, expected, _EIGHT_BITS)
 
 
@@ -302,7 +299,7 @@ def contenders(
     w, x, (ours, torchs) = drawn(*shape), drawn(tokens, shape[1]), _PACKED[operation]
     scale = plain.row_scales(w if operation == "pack_both_ways" else w.t())
     weights = {"triton": ours(w, scale), "torch": torchs(w, scale)}
-    backward = {"index": torch.arange(0, tokens, 2, device=device), "position": None, "factors": None, "onto": None}
+    backward = {"index": torch.arange(0, tokens, 2, device=device), "position": None, "onto": None}
 
     def both(weight: Any) -> Tensor:
         if isinstance(weight, BothWays):

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from celora.kernels.operations import linear, squared_row_norms
-from celora.numerics.sampling import as_weights
 from celora.numerics.select import critical_rows, grain
 
 
@@ -36,10 +35,9 @@ class Product(ABC):
         index: Tensor | None,
         *,
         position: Tensor | None = None,
-        factors: Tensor | None = None,
         onto: Tensor | None = None,
     ) -> Tensor:
-        """`factors[k] G[t] W` at each row t = index[k], ascending; at the other rows `onto[t]`, or 0: (T, in).
+        """`G[t] W` at each row t of `index`, ascending; at the other rows `onto[t]`, or 0: (T, in).
 
         All rows if `index` is None. `position` is the inverse of `index` (k or -1 for each t, int32); give it if you
         have it. `onto` is overwritten.
@@ -110,13 +108,10 @@ class Native(Product):
         index: Tensor | None,
         *,
         position: Tensor | None = None,
-        factors: Tensor | None = None,
         onto: Tensor | None = None,
     ) -> Tensor:
         kept = grad_output if index is None else grad_output.index_select(0, index)
         y = linear(kept, weight.to(kept.dtype).t())
-        if factors is not None:
-            y = y.mul_(as_weights(factors, y.dtype)[:, None])
         if index is None:
             return y
         onto = grad_output.new_zeros(grad_output.shape[0], weight.shape[1]) if onto is None else onto

@@ -129,11 +129,10 @@ class EightBit(Product):
         index: Tensor | None,
         *,
         position: Tensor | None = None,
-        factors: Tensor | None = None,
         onto: Tensor | None = None,
     ) -> Tensor:
         packed = self._multiplied_with(weight)
-        return packed.rows(grad_output, index, position=position, factors=factors, onto=onto)
+        return packed.rows(grad_output, index, position=position, onto=onto)
 
     def _multiplied_with(self, weight: Tensor) -> PackedWeight:
         """The weight in 8 bits: the copy, made anew if it is out of date, or one for this product."""

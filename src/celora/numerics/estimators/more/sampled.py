@@ -105,13 +105,12 @@ class SampledTokens(Tokens):
         self._draws += 1
         kept = max(1, round(self.keep_ratio * len(scores)))
         index, factors, _ = drawn(scores, kept, seed=self.settings.seed, draw=self._draws)
-        U, V = self.factor.U, self.factor.V
+        U, V, exact = self.factor.U, self.factor.V, self.product(grad_output[index], weight)
+        weights = as_weights(factors, exact.dtype)[:, None]
         if U is None or V is None:
-            return self.product.rows(grad_output, weight, index, factors=factors)
+            return exact.new_zeros(len(grad_output), exact.shape[1]).index_copy_(0, index, exact.mul_(weights))
         factored = low_rank(grad_output, U, V)
-        exact = self.product(grad_output[index], weight)
-        rest = (exact - factored[index]).mul_(as_weights(factors, exact.dtype)[:, None])
-        return factored.index_add_(0, index, rest)
+        return factored.index_add_(0, index, (exact - factored[index]).mul_(weights))
 
     def state_dict(self) -> dict[str, Tensor]:
         return super().state_dict() | {"draws": torch.tensor(self._draws)}
