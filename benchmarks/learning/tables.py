@@ -43,10 +43,7 @@ def training() -> str:
                 f"{statistics.mean(last):.3f} ({min(last):.3f} to {max(last):.3f})",
                 f"{statistics.mean(kept):.1%} ({min(kept):.1%} to {max(kept):.1%})",
                 f"{ratios[arm]:.3f}" if arm in ratios else "",
-                *(
-                    f"{statistics.mean(by):+.3f} ({min(by):+.3f} to {max(by):+.3f})" if by else ""
-                    for by in ahead.values()
-                ),
+                *(_mean_and_range(by) if by else "" for by in ahead.values()),
             ]
         )
     where = "; ".join(dict.fromkeys(rows.where(row) for row in found))
@@ -111,19 +108,29 @@ def training_code() -> str:
 def _training_code(found: list[dict[str, Any]]) -> str:
     """Of runs of one length and dtype."""
     one, losses = found[0], {(row["arm"], row["seed"]): _losses(row) for row in found}
+    times = rows.read(HERE / "training-time.jsonl")
+    ratios = {row["arm"]: row["ratio"] for row in times}
     steps = sorted(next(iter(losses.values())))[1:]
-    shown = steps[-1 :: -max(1, len(steps) // 5)][::-1]
+    shown, end = steps[-1 :: -max(1, len(steps) // 5)][::-1], steps[-1]
     body, exact = [], {seed: curve for (name, seed), curve in losses.items() if name == "exact LoRA"}
     for arm in dict.fromkeys(arm for arm, _ in losses):
         pairs = [(curve, exact[seed]) for (name, seed), curve in losses.items() if name == arm and seed in exact]
         if not pairs:
             continue
         kept = [statistics.mean(_share(curve, lora, at) for curve, lora in pairs) for at in shown]
-        body.append([arm, str(len(pairs)), *(f"{share:.1%}" for share in kept)])
+        ahead = [_at(lora, end * ratios[arm]) - curve[end] for curve, lora in pairs if ratios.get(arm, 1) < 1]
+        last = f"{statistics.mean(curve[end] for curve, _ in pairs):.3f}"
+        timed = [f"{ratios[arm]:.3f}" if arm in ratios else "", _mean_and_range(ahead) if ahead else ""]
+        body.append([arm, str(len(pairs)), *(f"{share:.1%}" for share in kept), last, *timed])
+    header = ["share of exact LoRA's improvement", "seeds", *(f"step {at:,}" for at in shown), "held-out loss"]
     return (
-        rows.markdown(["share of exact LoRA's improvement", "seeds", *(f"step {at:,}" for at in shown)], body)
-        + f"\n\n4 x 128 tokens, {one['dtype']}, {rows.where(one)}."
+        rows.markdown([*header, "step time", "ahead at equal time"], body)
+        + f"\n\n4 x 128 tokens, {one['dtype']}, {rows.where(one)}. Steps timed in turns: {rows.where(times[0])}."
     )
+
+
+def _mean_and_range(values: list[float]) -> str:
+    return f"{statistics.mean(values):+.3f} ({min(values):+.3f} to {max(values):+.3f})"
 
 
 def _losses(row: dict[str, Any]) -> dict[int, float]:

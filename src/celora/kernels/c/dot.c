@@ -474,8 +474,9 @@ static void EACH(products)(const int8_t *q, int64_t stride, int64_t rows, const 
     EACH(vector_products)(q, stride, index, kept, w, starts, scales, column_scale, bias, columns, out, team);
 }
 
-/* out[t] = x[t] W in 8 bits for each row t of index, all rows without. Rows with position < 0 become 0 if fill. turned: 0, or the number of columns of a weight that pack_rows has packed, for x W with that weight
- * and x multiplied with fold. scratch: of scratch_bytes. scales, starts: (kept,). */
+/* out[t] = x[t] W in 8 bits for each row t of index, all rows without. Rows with position < 0 become 0 if fill.
+ * turned: 0, or the number of columns of a weight that pack_rows has packed, for x W with that weight and x multiplied
+ * with fold. scratch: of scratch_bytes. scales, starts: (kept,). */
 static void EACH(gathered_product)(const TYPE *x, int64_t tokens, int64_t rows, int64_t stride, const int64_t *index,
                                    const int32_t *position, int64_t kept, const float *fold,
                                    const uint8_t *packed, int64_t turned, const float *column_scale, int64_t columns,
