@@ -17,6 +17,7 @@ from celora.studies.outcomes import Difference
 
 _ENOUGH, _POINT = 3, 0.01  # seeds; what counts as no difference
 _Interval = tuple[float, float, float]  # mean, low, high
+_LOSSES = ("chat", "text")  # tasks without a score in points
 _RIVALS = ("LoRA, auto's time", "upper half, auto's time")
 # Okabe and Ito's colours, and a line of its own for each: readable without seeing colours.
 _LINES = {"LoRA": ("#0072b2", ""), "CE-LoRA": ("#d55e00", "6 4")}
@@ -87,6 +88,12 @@ def verdict() -> str:
             line.append(_not_worse(_better(values), _margin(found, task)))
             line += [_hundredths(by_task[task]) if preset == "auto" and task in by_task else "" for by_task in later]
             body.append(line)
+    for preset in ("auto", "fast"):
+        tasks, values = _together(found, preset)
+        if len(tasks) > 1 and len(values) >= _ENOUGH:
+            line = [f"mean of the {len(tasks)} with labels or answers", preset, str(len(values))]
+            line += [_hundredths(_better(values)), "yes" if _is_near(values) else "no"]
+            body.append([*line, _not_worse(_better(values), _POINT), "", ""])
     if not body:
         return "No task has all of its runs yet."
     header = ["task", "preset", "seeds", "against LoRA, equal steps", "within a point or one standard error"]
@@ -96,6 +103,18 @@ def verdict() -> str:
         "95 % intervals. Not worse is `shown` if the interval lies above -1 point, or above -1 % of LoRA's "
         "improvement in loss; `no` if it lies below, `open` if on both sides."
     )
+
+
+def _together(found: Sequence[dict[str, Any]], preset: str) -> tuple[list[str], list[float]]:
+    """The tasks that are scored in points, and by how much a preset is better than LoRA on their mean, seed by seed."""
+    by_task = {task: _ahead(found, task, preset, "LoRA") for task in quality_tasks.NAMES if task not in _LOSSES}
+    enough = {task: values for task, values in by_task.items() if len(values) >= _ENOUGH}
+    return [*enough], [statistics.fmean(values) for values in zip(*enough.values(), strict=False)]
+
+
+def together(preset: str) -> str:
+    """By how much a preset is better than LoRA on the mean of the tasks that are scored in points."""
+    return _hundredths(_better(_together(quality.found(), preset)[1]))
 
 
 def near(preset: str) -> str:
@@ -131,7 +150,7 @@ def lead(task: str) -> str:
 
 
 def _in_words(task: str, by: float) -> str:
-    return f"{by:.2f} nats" if task in ("chat", "text") else f"{100 * by:.1f} points"
+    return f"{by:.2f} nats" if task in _LOSSES else f"{100 * by:.1f} points"
 
 
 def _differences(preset: str, rival: str) -> dict[str, _Interval]:
@@ -360,6 +379,7 @@ def _signed(value: float, row: dict[str, Any]) -> str:
 VALUES = {
     **{f"near_{preset}": functools.partial(near, preset) for preset in ("auto", "fast")},
     **{f"shown_{preset}": functools.partial(shown, preset) for preset in ("auto", "fast")},
+    **{f"together_{preset}": functools.partial(together, preset) for preset in ("auto", "fast")},
     **{f"furthest_{preset}": functools.partial(furthest, preset) for preset in ("auto", "fast")},
     "leads": functools.partial(leads, _RIVALS[0]),
     "leads_surely": functools.partial(leads, _RIVALS[0], surely=True),

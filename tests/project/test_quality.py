@@ -126,8 +126,8 @@ def test_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             "LoRA, auto's time": 0.025,
             "upper half, auto's time": 0.03,
         },
-        "chain_sum": {"LoRA": 0.0, "auto": -0.05, "LoRA, auto's time": -0.1},
-        "number_filtering": {"LoRA": 0.42667, "auto": 0.41667},  # three of 300, exactly a point
+        "chain_sum": {"LoRA": 0.0, "auto": -0.05, "fast": -0.02, "LoRA, auto's time": -0.1},
+        "number_filtering": {"LoRA": 0.42667, "auto": 0.41667, "fast": 0.43667},  # three of 300, exactly a point
     }
     rows = [
         row(arm, seed, 1e-3, 0.5, 0.5 + 0.01 * seed + difference) | {"task": task, "higher_is_better": task != "chat"}
@@ -137,20 +137,26 @@ def test_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     rows += [r | {"task": "text"} for r in rows if r["task"] == "chat" and r["seed"] < 2]
     quality.RESULTS.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    assert quality_tables.verdict().splitlines()[2:6] == [
+    assert quality_tables.verdict().splitlines()[2:10] == [
         "| chain_sum | auto | 3 | -5.0 (-5.0 to -5.0) | no | no | +5.0 (+5.0 to +5.0) |  |",
+        "| chain_sum | fast | 3 | -2.0 (-2.0 to -2.0) | no | no |  |  |",
         "| number_filtering | auto | 3 | -1.0 (-1.0 to -1.0) | yes | shown |  |  |",
+        "| number_filtering | fast | 3 | +1.0 (+1.0 to +1.0) | yes | shown |  |  |",
         "| chat | auto | 3 | -0.5 (-0.5 to -0.5) | yes | shown | +2.0 (+2.0 to +2.0) | +2.5 (+2.5 to +2.5) |",
         "| chat | fast | 3 | -2.0 (-2.0 to -2.0) | no | no |  |  |",
+        "| mean of the 2 with labels or answers | auto | 3 | -3.0 (-3.0 to -3.0) | no | no |  |  |",
+        "| mean of the 2 with labels or answers | fast | 3 | -0.5 (-0.5 to -0.5) | yes | shown |  |  |",
     ]
     values = {name: value() for name, value in quality_tables.VALUES.items() if "text" not in name}
     assert values == {
         "near_auto": "2 of 3",
-        "near_fast": "0 of 1",
+        "near_fast": "1 of 3",
         "shown_auto": "2 of 3",
-        "shown_fast": "0 of 1",
+        "shown_fast": "1 of 3",
+        "together_auto": "-3.0 (-3.0 to -3.0)",
+        "together_fast": "-0.5 (-0.5 to -0.5)",
         "furthest_auto": "5.0 points on chain_sum",
-        "furthest_fast": "0.02 nats on chat",
+        "furthest_fast": "2.0 points on chain_sum",
         "leads": "2 of 2",
         "leads_surely": "2 of 2",
         "leads_upper_half": "1 of 1",
