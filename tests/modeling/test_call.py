@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import celora
+from celora import CELoraError
 from celora.modeling.attention import ATTENTION
 from celora.modeling.hooks import remove
 from labelled import masked_batch
@@ -22,9 +24,45 @@ from small import make_batch, make_model, train
 pytestmark = pytest.mark.filterwarnings("ignore:celora. padding stays in batches")  # for the sake of the hooks
 
 
+CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 SMALL: dict[str, Any] = {
     "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
 }  # fmt: skip
+
+
+def test_a_cache_that_was_left_out_is_not_taken_for_none() -> None:
+    """Training in segments would lose what came before, and say nothing."""
+    model, ids = make_model(), make_batch(3)["input_ids"]
+    model.config.use_cache = True
+    first, second = ({"input_ids": part, "labels": part} for part in (ids[:, :6], ids[:, 6:]))
+
+    def losses(**more: Any) -> list[Tensor]:
+        one = model(**first, **more)
+        return [one.loss, model(**second, **{CACHE: one[CACHE]}).loss]
+
+    expected = losses()
+    celora.attach(model, "exact")
+    with pytest.raises(CELoraError, match="leaves the cache of keys and values out of its output; call the model with"):
+        losses()
+    torch.testing.assert_close(losses(use_cache=True), expected)
+    left_out = model(**first)[CACHE]
+    with pytest.raises(CELoraError, match="use_cache=True"):
+        list(left_out)
+    assert isinstance(copy.deepcopy(left_out), type(left_out))
+    for without in ({"use_cache": False}, {}):
+        model.config.use_cache = bool(without)
+        assert model(**first, **without).get(CACHE) is None
+
+
+@pytest.mark.parametrize("tokens", [7, 20])
+def test_a_mask_of_another_length_is_the_models_own(tokens: int) -> None:
+    """With a cache, Transformers pads it or crops it."""
+    model, batch = make_model(), make_batch(3)
+    model.config.use_cache = True
+    batch["attention_mask"] = torch.ones(len(batch["labels"]), tokens, dtype=torch.int64)
+    expected = model(**batch).loss
+    celora.attach(model, "exact")
+    torch.testing.assert_close(model(**batch).loss, expected)
 
 
 def reference(model: PeftModel) -> None:

@@ -226,7 +226,7 @@ def test_a_trainer_of_trl_that_wants_logits_gets_them(calls: str) -> None:
         assert model(**inputs).logits is None  # nobody looks at the logits now
 
 
-@pytest.mark.parametrize("calls", ["the model", "Trainer's"])
+@pytest.mark.parametrize("calls", ["the model", "Trainer's", "Trainer's for its output"])
 def test_a_compute_loss_of_ones_own_that_calls_the_model_gets_logits(calls: str) -> None:
     """One that calls Trainer's gets the loss from there, as those of LLaMA-Factory do."""
 
@@ -241,10 +241,24 @@ def test_a_compute_loss_of_ones_own_that_calls_the_model_gets_logits(calls: str)
             return loss
 
     names: dict[str, Any] = {"__name__": "transformers.trainer"}
-    exec("def compute_loss(self, model, inputs):\n    return model(**inputs).loss\n", names)
+    source = (
+        "def compute_loss(self, model, inputs, return_outputs=False):\n"
+        "    output = model(**inputs)\n"
+        "    return (output.loss, output) if return_outputs else output.loss\n"
+    )
+    exec(source, names)
     trainer, (model, _) = Own(), fused()
     if calls == "Trainer's":
         Own.compute_loss = lambda self, model, inputs: names["compute_loss"](self, model, inputs)
+    if calls == "Trainer's for its output":
+
+        def compute_loss(self: Own, model: Any, inputs: dict[str, Any]) -> Tensor:
+            loss, output = names["compute_loss"](self, model, inputs, return_outputs=True)
+            self.seen.append(output.logits)
+            assert isinstance(loss, Tensor)
+            return loss
+
+        Own.compute_loss = compute_loss
     loss = trainer.compute_loss(model, masked_batch())
     celora.attach(model, "exact")
     with warnings.catch_warnings(record=True) as caught:
@@ -252,7 +266,7 @@ def test_a_compute_loss_of_ones_own_that_calls_the_model_gets_logits(calls: str)
         for _ in range(2):
             torch.testing.assert_close(trainer.compute_loss(model, masked_batch()), loss)
     said = [str(warning.message) for warning in caught if "may look at its logits" in str(warning.message)]
-    assert len(said) == (calls == "the model")
+    assert len(said) == (calls != "Trainer's")
     if said:
         assert said[0].startswith("celora: compute_loss of test_others calls the model")
         assert len(trainer.seen) == 3

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import sys
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
-from celora.errors import out_of_memory
+from celora.errors import CELoraError, out_of_memory
 from celora.machine.device import random_states
 from celora.machine.processes import gathers
 from celora.modeling import packing
@@ -50,6 +51,24 @@ class ScoredOutput(ModelOutput):  # type: ignore[misc]
     aux_loss: Tensor | None = None
 
 
+class NotKept:
+    """Stands for the cache of keys and values that a call with labels has left out. Whoever uses it gets an error."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # somebody asks what this is, as a copy does
+            raise AttributeError(name)
+        raise CELoraError(
+            "while a model trains on labels, celora leaves the cache of keys and values out of its output; call the "
+            "model with use_cache=True to get it"
+        )
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.layers)
+
+    def __getitem__(self, layer: int) -> Any:
+        return self.layers[layer]
+
+
 @dataclass
 class Call:
     """One forward whose loss celora computes."""
@@ -77,6 +96,16 @@ class Call:
                 return True
             frame = frame.f_back
         return False
+
+    def with_loss(self, output: Any, loss: Tensor) -> Any:
+        """The model's output with this loss, and without what it does not compute: logits, and usually a cache."""
+        left_out: dict[str, Any] = {"logits": None}
+        config, decoder = self.owner.config.get_text_config(), decoder_of(self.owner)
+        asked = self.given.get("use_cache") is None and getattr(config, "use_cache", False)
+        if asked and not getattr(decoder, "gradient_checkpointing", False):
+            caches = {field.name for field in dataclasses.fields(output)} & {"cache", "past_key_values"}
+            left_out |= {name: NotKept() for name in caches if output.get(name) is None}
+        return type(output)(**{**output, **left_out, "loss": loss})
 
     def for_trl(self, loss: Tensor, scores: TokenScores, means: Tensor | None) -> ScoredOutput:
         """The output that TRL asks for with `fused_lm_head=True`. `means`: of the tokens' logits, (N,), or None."""
@@ -238,11 +267,13 @@ def _of_transformers(causal: Any) -> bool:
 
 
 def fit(labels: Tensor, given: Mapping[str, Any]) -> bool:
-    """Whether these labels fit the tokens. If not, the model's own error explains it best."""
+    """Whether labels and mask fit the tokens. If not, the model's own loss or error is best."""
     if labels.dtype != torch.int64 or labels.dim() != 2:
         return False
     tokens: Any = next((of for name in ("input_ids", "inputs_embeds") if (of := given.get(name)) is not None), None)
-    return isinstance(tokens, Tensor) and tokens.shape[:2] == labels.shape
+    mask = given.get("attention_mask")  # with a cache, Transformers pads or crops one of another length
+    masked = not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] == labels.shape[1]
+    return isinstance(tokens, Tensor) and tokens.shape[:2] == labels.shape and masked
 
 
 def wants_own_head(given: Mapping[str, Any], config: Any) -> bool:

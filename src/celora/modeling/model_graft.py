@@ -315,7 +315,7 @@ class ModelGraft(Measured, Hook):
         items = items.to(hidden.device) if isinstance(items, Tensor) else len(rows) if items is None else items
         loss = (-scores.log_probs.sum() / items).to(output.logits.device)  # a model split over devices has moved them
         if fused is None:
-            return type(output)(**{**output, "loss": loss, "logits": None})
+            return call.with_loss(output, loss)
         wanted = "mean_logits" in fused.outputs
         return call.for_trl(loss, scores, mean_logits(hidden, rows, weight, bias, fused.scored) if wanted else None)
 

@@ -120,8 +120,9 @@ def trainer_wants_logits() -> str:
             return f"{who} looks at the logits of every step (with TRL 1.15 or later it does not)"
         # Whoever calls the model may read its logits. A method that calls Trainer's gets the loss from there.
         if not asked and frame.f_code.co_name == "compute_loss":
-            asked = True
             own = name.partition(".")[0] not in _TRAINERS
+            # In a step, Trainer asks its own for no outputs. Whoever does so wants to read them.
+            asked = own or not frame.f_locals.get("return_outputs")
             if own and isinstance(frame.f_locals.get("self"), sys.modules["transformers.trainer"].Trainer):
                 return f"compute_loss of {name} calls the model, and may look at its logits"
         frame = frame.f_back
