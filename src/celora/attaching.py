@@ -25,6 +25,7 @@ from celora.modeling.float_forward import FloatForward, weight_for
 from celora.modeling.fused import FusedGraft
 from celora.modeling.graft import LayerGraft
 from celora.modeling.hooks import remove
+from celora.modeling.language_model import check_module
 from celora.modeling.left_padding import OwnLoss
 from celora.modeling.model_graft import install
 from celora.modeling.own_forward import may_be_copied
@@ -175,6 +176,7 @@ def detach(model: nn.Module) -> None:
     If celora was attached to a wrapper around `model`, or to another model that shares adapted layers with it, that
     attachment ends, too.
     """
+    check_module(model)
     modules = set(model.modules())
     adapted = {module for module in modules if isinstance(module, BaseTunerLayer)}
     for attachment in list(attachments):

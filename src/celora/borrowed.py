@@ -57,15 +57,18 @@ NAMES: dict[str, str] = {
 }
 
 
+_found: dict[str, Any] = {}
+
+
 def borrow(name: str) -> Any:
     """The object that `NAMES` lists as `name`, or None if the installed version of its library lacks it."""
-    found = _look_up(name)
-    if found is None:
+    if name not in _found:  # not `functools.cache`, which torch.compile traces through, and warns of
+        _found[name] = _look_up(name)
+    if _found[name] is None:
         _say_missing(name)
-    return found
+    return _found[name]
 
 
-@functools.cache
 def _look_up(name: str) -> Any:
     assert name in NAMES, f"{name} is not listed"
     module, _, path = name.partition(":")
@@ -86,5 +89,5 @@ def _say_missing(name: str) -> None:
 
 def forget() -> None:
     """Forget what was looked up and what was said. For tests that take names away."""
-    _look_up.cache_clear()
+    _found.clear()
     _say_missing.cache_clear()

@@ -298,6 +298,16 @@ def test_a_checkpoint_without_state_is_said_and_refreshes(tmp_path: Path) -> Non
     assert any(graft.estimator.ready for graft in require(model).grafts.values())
 
 
+def test_exact_needs_no_state(tmp_path: Path) -> None:
+    """It has nothing to refresh."""
+    model = make_model()
+    _trainer(tmp_path, model, callbacks=[]).train()
+    celora.attach(model, "exact")
+    trainer = _trainer(tmp_path, model, callbacks=[celora.Callback()], max_steps=6)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))  # warnings are errors
+    assert require(model).clock.step == 6
+
+
 def test_without_state_all_layers_refresh_at_the_resumed_step(tmp_path: Path) -> None:
     """Also layers that take turns and need no first observation."""
     model = make_model()
@@ -323,7 +333,7 @@ def test_another_machines_times_refresh_instead_of_a_refusal(tmp_path: Path) -> 
     attachment.config = replace(config, overrides={**config.overrides, f"={name}": {"keep_ratio": 0.5}})
     trainer = _trainer(tmp_path, model, callbacks=[celora.Callback()], max_steps=9)
     with pytest.warns(
-        UserWarning, match="was made where other estimates were faster; the first resumed step refreshes"
+        UserWarning, match="was made with other estimates, which were faster then; the first resumed step refreshes"
     ):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert attachment.clock.step == 9

@@ -188,7 +188,8 @@ def test_another_configuration_is_refused_and_nothing_is_lost(model: PeftModel, 
     train(model, 2)
     celora.save_state(model, tmp_path)
     celora.attach(model, CELoraConfig(keep_ratio=0.25, rank=4))
-    with pytest.raises(CELoraError, match="was made with another configuration"):
+    differ = "was made with another configuration, with another keep_ratio and refresh_every. Attach that one"
+    with pytest.raises(CELoraError, match=differ):
         celora.load_state(model, tmp_path)
     assert require(model).clock.step == 0
 

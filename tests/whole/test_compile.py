@@ -218,6 +218,15 @@ def test_without_attention_in_one_call_a_compiled_decoder_keeps_its_padding() ->
     assert losses == pytest.approx(_on_batches(eager, 1)[0], rel=1e-5)
 
 
+def test_blocks_compiled_one_by_one_are_quiet() -> None:
+    """torch.compile warns of each `functools.cache` that it traces through; warnings are errors here."""
+    eager, model = (_model(None, torch.float32, FEW) for _ in range(2))
+    celora.attach(model, "exact")
+    for block in model.get_base_model().model.layers:
+        block.compile(backend="eager")
+    torch.testing.assert_close(model(**make_batch(0)).loss, eager(**make_batch(0)).loss)
+
+
 def test_attaching_to_a_model_that_was_compiled_before_is_said() -> None:
     """torch.compile does not check again whether a layer has new hooks."""
     model = _model(None, layers=FEW)

@@ -162,7 +162,8 @@ def attention(
             f"a compiled model has packed batches, and nothing here computes attention of {query.dtype} with heads of "
             f"{query.shape[3]} in one call. Attach with padding_free=False."
         )
-    _say_one_by_one(query.device.type)
+    if query.device.type != "cpu":
+        _say_one_by_one(query.device.type)
     pieces = zip(*(t.split(celora_lengths, dim=2) for t in (query, key, value)), strict=True)
     found = [_sdpa()(module, *piece, None, dropout=dropout, scaling=scaling, **kwargs)[0] for piece in pieces]
     return torch.cat(found, dim=1), None
@@ -170,12 +171,11 @@ def attention(
 
 @functools.cache
 def _say_one_by_one(kind: str) -> None:
-    if kind != "cpu":
-        warnings.warn(
-            f"celora: nothing here computes the attention of all packed sequences in one call on {kind}, so each is a "
-            "call of its own. Many short sequences may be faster with padding_free=False.",
-            stacklevel=2,
-        )
+    warnings.warn(
+        f"celora: nothing here computes the attention of all packed sequences in one call on {kind}, so each is a "
+        "call of its own. Many short sequences may be faster with padding_free=False.",
+        stacklevel=2,
+    )
 
 
 def packing_pays(dtype: torch.dtype, device: torch.device, *, masked: bool) -> bool:

@@ -238,7 +238,12 @@ class Known:
     numbers: frozenset[tuple[str, float]]
 
     def changed_number(self, before: Known) -> str:
-        """The name of a number that was another one before; '' if all are the same."""
+        """The name of a number that was another one before; '' if all are the same.
+
+        Without numbers, the class's forward was Transformers' own; if only one of the two has some, it was replaced.
+        """
+        if bool(self.numbers) != bool(before.numbers):
+            return "forward"
         return min((name for name, _ in self.numbers ^ before.numbers), default="")
 
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from celora.errors import CELoraError
 from celora.modeling.int8_linear import Int8Linear, prepared_for_lora_ga
+from celora.modeling.language_model import check_module
 from celora.weights.checkpoint import Origin
 from celora.weights.read import is_trainable, plain_weight
 
@@ -58,6 +59,7 @@ def quantise_base(model: nn.Module) -> Int8Base:
     The layers compute `x (diag(s) q)^T`, exactly for these weights. `celora.attach` with preset `fast` multiplies with
     the same bytes in both directions instead. Source: symmetric absmax quantisation as in LLM.int8 (arXiv 2208.07339).
     """
+    check_module(model)
     prefix, causal = _language_model(model)
     already = list(held_in_8_bits(model))
     names = list(frozen_linears(model))

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from celora.borrowed import borrow
+from celora.errors import CELoraError
 from celora.modeling.hooks import is_ours
 from celora.modeling.others import fused_head, is_fused_head, is_split, replaced
 from celora.modeling.packing import cannot_pack
@@ -122,6 +123,12 @@ def _asks_for_the_loss(kind: type) -> bool:
     """Whether the forward of this class reads `loss_function`. Only a call shows how it uses it."""
     code = getattr(inspect.unwrap(vars(kind).get("forward", object)), "__code__", None)
     return code is not None and "loss_function" in code.co_names
+
+
+def check_module(model: object) -> None:
+    """Raise CELoraError for what is no model, such as the Trainer around one."""
+    if not isinstance(model, nn.Module):
+        raise CELoraError(f"{type(model).__name__} is not a model; give the model itself, for example trainer.model.")
 
 
 def language_model(module: nn.Module) -> Any:

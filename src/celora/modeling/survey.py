@@ -20,7 +20,7 @@ from celora.modeling.adapter import Adapter, vanilla_adapter
 from celora.modeling.bypass import own_product, refuse_patched
 from celora.modeling.eight_bit import own_bytes
 from celora.modeling.hooks import has_another_s_forward, settle_all
-from celora.modeling.language_model import LanguageModel, find_language_model
+from celora.modeling.language_model import LanguageModel, check_module, find_language_model
 from celora.modeling.others import is_split
 from celora.modeling.trial import tampered, unlike
 from celora.weights.quantised import stored_kind
@@ -143,8 +143,7 @@ def survey(model: nn.Module) -> Survey:
 
 def _tuner_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
     """The PEFT layers of `model` by name. CELoraError if there are none, or if they cannot train or be estimated."""
-    if not isinstance(model, nn.Module):
-        raise CELoraError(f"{type(model).__name__} is not a model; give the model itself, for example trainer.model.")
+    check_module(model)
     tuners = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
     if not tuners:
         configs = (getattr(model, "peft_config", None) or {}).values()

@@ -78,13 +78,14 @@ class Callback(TrainerCallback):  # type: ignore[misc]
         if found is None:
             reason = f"no {STATE_NAME} in {folders[0]}"
         elif attachment.timed and times_differ(saved_config(found), attachment.config):
-            reason = f"{found / STATE_NAME} was made where other estimates were faster"
+            reason = f"{found / STATE_NAME} was made with other estimates, which were faster then"
         if not any_of_them(bool(reason), args.device):  # all refresh, or none: in a refresh they wait for each other
             assert found is not None
             load_state(model, found)
             return True
         reason = reason or "another process found no state that fits"
-        warnings.warn(f"celora: {reason}; the first resumed step refreshes instead.", stacklevel=2)
+        if attachment.report.estimated or attachment.forwards or not attachment.report.exact_head:
+            warnings.warn(f"celora: {reason}; the first resumed step refreshes instead.", stacklevel=2)
         attachment.clock.step = state.global_step
         attachment.set_modes(state.global_step, together=True)
         return True

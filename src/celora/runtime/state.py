@@ -88,8 +88,11 @@ def load_state(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     made_with = metadata.get(_CONFIG)
     if made_with is None or "step" not in state:
         raise CELoraError(f"{file} was not made by celora.save_state.")
-    if not _same_config(made_with, attachment):
-        raise CELoraError(f"{file} was made with another configuration: {made_with}. Attach that one to resume.")
+    if differ := _different(made_with, attachment):
+        raise CELoraError(
+            f"{file} was made with another configuration, with another {' and '.join(differ)}. Attach that one to "
+            "resume; the file has it as JSON in its metadata."
+        )
     step = _number(file, "step", state.pop("step"), int)
     layers: dict[str, dict[str, Tensor]] = {name: {} for name in (*attachment.grafts, HEAD)}
     for key, value in state.items():
@@ -150,12 +153,14 @@ def times_differ(before: CELoraConfig | None, now: CELoraConfig) -> bool:
     return own == theirs and alike == now
 
 
-def _same_config(made_with: str, attachment: Attachment) -> bool:
-    """Whether this is the attached configuration."""
+def _different(made_with: str, attachment: Attachment) -> list[str]:
+    """The fields in which this configuration is not the attached one."""
+    now = attachment.config.to_dict()
     try:
-        return CELoraConfig.from_dict(json.loads(made_with)) == attachment.config
+        before = CELoraConfig.from_dict(json.loads(made_with)).to_dict()
     except (CELoraError, ValueError, TypeError):
-        return False
+        return ["kind of configuration"]
+    return [name for name, value in now.items() if before.get(name) != value]
 
 
 def _restore(estimator: Estimator, state: dict[str, Tensor]) -> None:
