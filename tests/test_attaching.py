@@ -130,9 +130,9 @@ def test_clear_errors(model: PeftModel) -> None:
         celora.attach(nn.Linear(2, 2))
     with pytest.raises(CELoraError, match=r"SimpleNamespace is not a model; give the model itself, .* trainer\.model"):
         celora.attach(SimpleNamespace(model=model), "exact")
-    for refuses in (celora.detach, celora.quantise_base):
+    for call in (celora.detach, celora.quantise_base):
         with pytest.raises(CELoraError, match="NoneType is not a model"):
-            refuses(None)  # type: ignore[arg-type]
+            call(None)  # type: ignore[arg-type]
     with pytest.raises(CELoraError, match="unknown setting 'labeled_head'"):  # before it asks for batches
         celora.attach(model, "auto", labeled_head=False)
     with pytest.raises(CELoraError, match=r"batches= makes a plan, which only preset .auto. needs; leave batches out"):
