@@ -107,9 +107,10 @@ def verdict() -> str:
 
 def _together(found: Sequence[dict[str, Any]], preset: str) -> tuple[list[str], list[float]]:
     """The tasks that are scored in points, and by how much a preset is better than LoRA on their mean, seed by seed."""
-    by_task = {task: _ahead(found, task, preset, "LoRA") for task in quality_tasks.NAMES if task not in _LOSSES}
+    by_task = {task: _by_seed(found, task, preset, "LoRA") for task in quality_tasks.NAMES if task not in _LOSSES}
     enough = {task: values for task, values in by_task.items() if len(values) >= _ENOUGH}
-    return [*enough], [statistics.fmean(values) for values in zip(*enough.values(), strict=False)]
+    seeds = sorted(set.intersection(*map(set, enough.values()))) if enough else []
+    return [*enough], [statistics.fmean(values[seed] for values in enough.values()) for seed in seeds]
 
 
 def together(preset: str) -> str:
@@ -198,9 +199,14 @@ def _elsewhere(arm: dict[int, dict[str, Any]], other: dict[int, dict[str, Any]])
 
 def _ahead(found: Sequence[dict[str, Any]], task: str, arm: str, rival: str) -> list[float]:
     """By how much an arm is better than a rival with each seed that both have, whatever the metric."""
+    return [*_by_seed(found, task, arm, rival).values()]
+
+
+def _by_seed(found: Sequence[dict[str, Any]], task: str, arm: str, rival: str) -> dict[int, float]:
+    """The same, by seed."""
     own, other = chosen(found, task, arm), chosen(found, task, rival)
     sign = 1 if all(row["higher_is_better"] for row in own.values()) else -1
-    return [sign * (own[seed]["test"] - other[seed]["test"]) for seed in sorted(own.keys() & other.keys())]
+    return {seed: sign * (own[seed]["test"] - other[seed]["test"]) for seed in sorted(own.keys() & other.keys())}
 
 
 def _hundredths(interval: _Interval) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -209,7 +208,6 @@ def _graft_layer(layer: AdaptedLayer, estimator: Estimator | None, attachment: A
         return
     graft.name = layer.name
     graft.under(layer.base)
-    weakref.finalize(layer.module, _end_without_layers, weakref.ref(attachment)).atexit = False
     in_8_bits = estimator is not None and estimator.settings.forward != "exact"
     if not in_8_bits and layer.takes_forward and weight_for(layer.base) is not None and not may_be_copied():
         FloatForward(graft).under(layer.base)
@@ -223,13 +221,6 @@ def _graft_layer(layer: AdaptedLayer, estimator: Estimator | None, attachment: A
     weight = plain_weight(layer.base)
     if weight is not None and _is_here(weight, layer):
         estimator.prepare(weight)  # otherwise the first refresh does it
-
-
-def _end_without_layers(attachment: weakref.ref[Attachment]) -> None:
-    """End an attachment whose model has no adapted layer left: PEFT's `unload` and merges keep the base's hooks."""
-    ended = attachment()
-    if ended is not None and not any(isinstance(module, BaseTunerLayer) for module in ended.modules()):
-        ended.close()
 
 
 def _is_here(weight: Tensor, layer: AdaptedLayer) -> bool:

@@ -6,10 +6,12 @@ import copy
 import inspect
 import warnings
 from collections.abc import Callable
+from operator import attrgetter, itemgetter
 from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import convert_to_fp32, send_to_device
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -38,20 +40,24 @@ def test_a_cache_that_was_left_out_is_not_taken_for_none() -> None:
 
     def losses(**more: Any) -> list[Tensor]:
         one = model(**first, **more)
-        return [one.loss, model(**second, **{CACHE: one[CACHE]}).loss]
+        return [one.loss, model(**second, **{CACHE: getattr(one, CACHE)}).loss]
 
     expected = losses()
     celora.attach(model, "exact")
     with pytest.raises(CELoraError, match="leaves the cache of keys and values out of its output; call the model with"):
         losses()
     torch.testing.assert_close(losses(use_cache=True), expected)
-    left_out = model(**first)[CACHE]
-    with pytest.raises(CELoraError, match="use_cache=True"):
-        list(left_out)
+    output = model(**first)
+    left_out = getattr(output, CACHE)
+    for use in (list, len, itemgetter(0), attrgetter("layers")):
+        with pytest.raises(CELoraError, match="use_cache=True"):
+            use(left_out)
     assert isinstance(copy.deepcopy(left_out), type(left_out))
+    assert not hasattr(left_out, "dtype")  # accelerate asks whatever it meets
+    assert convert_to_fp32(output).keys() == send_to_device(output, "cpu").keys() == output.keys() == {"loss"}
     for without in ({"use_cache": False}, {}):
         model.config.use_cache = bool(without)
-        assert model(**first, **without).get(CACHE) is None
+        assert getattr(model(**first, **without), CACHE) is None
 
 
 @pytest.mark.parametrize("tokens", [7, 20])

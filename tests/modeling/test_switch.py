@@ -16,11 +16,13 @@ from small import make_batch, make_model, train
 HALF = CELoraConfig(keep_ratio=0.5, rank=4, refresh_every=3)
 
 
+@pytest.mark.parametrize("copied", [False, True])
 @pytest.mark.parametrize("how", ["unload", "merge_and_unload"])
-def test_adapters_of_a_base_that_was_unloaded_are_plain(how: str) -> None:
+def test_adapters_of_a_base_that_was_unloaded_are_plain(how: str, copied: bool) -> None:
     """Also while somebody keeps the unloaded model, as a Trainer does."""
     batch, first = make_batch(1), make_model()
     celora.attach(first, HALF)
+    first = copy.deepcopy(first) if copied else first
     train(first, 2)
     base = getattr(first, how)()
     plain = copy.deepcopy(base)

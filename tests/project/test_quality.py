@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -163,6 +164,18 @@ def test_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "lead_chat": "0.02 nats",
         "lead_chain_sum": "5.0 points",
     }
+
+
+def test_a_mean_over_tasks_pairs_seeds() -> None:
+    def of(task: str, arm: str, seeds: Sequence[int], score: float) -> list[dict[str, Any]]:
+        return [row(arm, seed, 1e-3, 0.5, score + seed) | {"task": task, "higher_is_better": True} for seed in seeds]
+
+    found = [*of("chain_sum", "LoRA", range(4), 0.0), *of("chain_sum", "auto", range(4), 0.5)]
+    found += [*of("number_filtering", "LoRA", range(4), 0.0), *of("number_filtering", "auto", [0, 2, 3], 0.25)]
+    found[5]["test"] = 9.0  # of the seed that one task lacks
+    tasks, values = quality_tables._together(found, "auto")
+    assert tasks == ["chain_sum", "number_filtering"]
+    assert values == [0.375] * 3
 
 
 def test_a_wide_interval_shows_nothing() -> None:

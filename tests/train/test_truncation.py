@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from celora.errors import CELoraError
+from celora.train.rows.truncation import _positions
 from runs import go
 
 
@@ -73,6 +76,20 @@ def test_rows_beyond_the_model_s_positions_are_counted(inputs, tmp_path):
     assert beyond == (
         "2 of 4 rows have more tokens than the 9 positions that the model was made for. --max_length 9 cuts them."
     )
+
+
+@pytest.mark.parametrize(
+    ("own", "known"),
+    [
+        ({"max_position_embeddings": 9}, 9), ({"max_position_embeddings": -1}, None), ({}, None),
+        ({"max_position_embeddings": 9, "rope_parameters": {"rope_type": "default"}}, 9),
+        ({"max_position_embeddings": 9, "rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, None),
+        ({"max_position_embeddings": 9, "rope_scaling": {"type": "linear", "factor": 2.0}}, None),
+        ({"max_position_embeddings": 9, "rope_parameters": {"sliding": {"rope_type": "linear"}}}, None),
+    ],
+)  # fmt: skip
+def test_a_scaled_rotation_reaches_further(own, known):
+    assert _positions(SimpleNamespace(**own)) == (known or sys.maxsize)
 
 
 def test_nothing_is_said_where_all_fits(inputs, tmp_path):

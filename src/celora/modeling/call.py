@@ -51,13 +51,15 @@ class ScoredOutput(ModelOutput):  # type: ignore[misc]
     aux_loss: Tensor | None = None
 
 
-class NotKept:
-    """Stands for the cache of keys and values that a call with labels has left out. Whoever uses it gets an error."""
+class NoCache(CELoraError, AttributeError):
+    """Somebody uses a cache that was left out. For `hasattr`, it has no attributes."""
+
+
+class LeftOut:
+    """Stands for the cache of keys and values that a call with labels has left out."""
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # somebody asks what this is, as a copy does
-            raise AttributeError(name)
-        raise CELoraError(
+        raise NoCache(
             "while a model trains on labels, celora leaves the cache of keys and values out of its output; call the "
             "model with use_cache=True to get it"
         )
@@ -67,6 +69,12 @@ class NotKept:
 
     def __getitem__(self, layer: int) -> Any:
         return self.layers[layer]
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __bool__(self) -> bool:
+        return True
 
 
 @dataclass
@@ -99,13 +107,14 @@ class Call:
 
     def with_loss(self, output: Any, loss: Tensor) -> Any:
         """The model's output with this loss, and without what it does not compute: logits, and usually a cache."""
-        left_out: dict[str, Any] = {"logits": None}
+        found = type(output)(**{**output, "loss": loss, "logits": None})
         config, decoder = self.owner.config.get_text_config(), decoder_of(self.owner)
         asked = self.given.get("use_cache") is None and getattr(config, "use_cache", False)
         if asked and not getattr(decoder, "gradient_checkpointing", False):
-            caches = {field.name for field in dataclasses.fields(output)} & {"cache", "past_key_values"}
-            left_out |= {name: NotKept() for name in caches if output.get(name) is None}
-        return type(output)(**{**output, **left_out, "loss": loss})
+            for name in {field.name for field in dataclasses.fields(output)} & {"cache", "past_key_values"}:
+                if getattr(output, name) is None:
+                    found.__dict__[name] = LeftOut()  # the attribute alone: libraries walk the items of an output
+        return found
 
     def for_trl(self, loss: Tensor, scores: TokenScores, means: Tensor | None) -> ScoredOutput:
         """The output that TRL asks for with `fused_lm_head=True`. `means`: of the tokens' logits, (N,), or None."""

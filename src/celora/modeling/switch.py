@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import enum
 import warnings
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 
 
 class Mode(enum.Enum):
@@ -48,6 +51,7 @@ class Switch:
         self._more: list[str] = []
         self._copied = False
         self._said: set[str] = set()
+        self._layers: set[weakref.ref[nn.Module]] = set()  # of which one lives
 
     @property
     def saves_compactly(self) -> bool:
@@ -73,7 +77,20 @@ class Switch:
             self.on = before
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "on": False, "compiled": False, "_copied": True}
+        return {**self.__dict__, "on": False, "compiled": False, "_copied": True, "_layers": set()}
+
+    def ends_with(self, modules: Callable[[], Iterable[nn.Module]]) -> None:
+        """Be off once the last adapted layer of these is gone: PEFT's `unload` and merges keep the base's hooks."""
+        if self._layers:
+            return
+        left, switch = self._layers, weakref.ref(self)
+
+        def forget(layer: weakref.ref[nn.Module]) -> None:
+            left.discard(layer)
+            if not left and (off := switch()) is not None:
+                off.on = off._copied = False
+
+        left.update(weakref.ref(module, forget) for module in modules() if isinstance(module, BaseTunerLayer))
 
     def warn_of_a_copy(self) -> None:
         """Warn that a layer trains while the switch is off."""

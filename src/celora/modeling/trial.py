@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.linalg import vector_norm
 
 from celora.borrowed import borrow
-from celora.errors import out_of_memory
+from celora.errors import first_line, out_of_memory
 from celora.machine.precision import float32_roundoff
 from celora.machine.processes import in_company, largest_of_all
 from celora.modeling.hooks import has_another_s_forward, is_ours
@@ -106,10 +106,9 @@ def unlike(module: nn.Module, seen: tuple[Tensor, Tensor] | None = None) -> str 
     try:
         different = _compared(module, seen if isinstance(weight, DTensor) else None)
     except Exception as error:  # the layer refuses such an input, for whatever reason
-        if out_of_memory(error):
+        if out_of_memory(error) and not isinstance(weight, DTensor):  # of a sharded layer, other processes wait below
             raise
-        said = str(error).partition("\n")[0][:120]
-        different = f"it cannot be tried: {type(error).__name__}" + (f", {said}" if said else "")
+        different = f"it cannot be tried: {type(error).__name__}, {first_line(error)[:120]}"
     if isinstance(weight, DTensor) and seen is not None:
         different = _agreed(different, seen[0].device)
     if different is not None and not has_another_s_forward(module):

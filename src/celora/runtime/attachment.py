@@ -354,9 +354,9 @@ class Attachment:
         measured in turns during the first steps. So are layers with a forward in 8 bits, which learns the scales of its
         input then, and once more in the steps that follow, with these scales. Layers of one module refresh together
         there: those that share an input only share scales of the same batches. Layers made exact stay exact.
-
         torch.compile would make a graph for each turn. So once layers have run compiled, all of them refresh at once.
         """
+        self.switch.ends_with(self.modules)
         tau, made_exact = self.config.refresh_every, self.made_exact
         # A base in 8 bits is chosen to save memory. Its forward's errors are larger than those of what is saved so.
         self.switch.compact = self.forwards.read_stored_bytes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,7 @@ _LOSE_NOTHING = ("bfd_split", "wrapped")  # packing strategies that continue a l
 
 def truncation_lines(trainer: Any, rows: Any, eval_rows: Any = None) -> Iterator[str]:
     """Lines for `rows` and for `eval_rows`: what does not fit into `max_length` tokens, or the model's positions."""
-    args, config = trainer.args, trainer.model.config.get_text_config()
-    positions = getattr(config, "max_position_embeddings", None) or sys.maxsize
+    args, positions = trainer.args, _positions(trainer.model.config.get_text_config())
     if borrow("trl:SFTTrainer._prepare_dataset") is None:
         return
     eval_packing = args.packing if args.eval_packing is None else args.eval_packing
@@ -32,11 +31,21 @@ def truncation_lines(trainer: Any, rows: Any, eval_rows: Any = None) -> Iterator
         if not whole and (line := _line(trainer, kind, split, given, prepared)):
             yield line
         lengths = sequence_lengths(prepared)
-        if beyond := int((lengths > positions).sum()):
+        whole_rows = "seq_lengths" in prepared.column_names or not packing
+        if whole_rows and (beyond := int((lengths > positions).sum())):
             yield (
                 f"{beyond:,} of {len(lengths):,} {kind} have more tokens than the {positions:,} positions that the "
                 f"model was made for. --max_length {positions} cuts them."
             )
+
+
+def _positions(config: Any) -> int:
+    """The positions that a model was made for. A rotation that is scaled reaches further; then nobody knows how far."""
+    turns = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    each_kind = [each for each in (turns, *turns.values()) if isinstance(each, Mapping)]
+    scaled = {each.get("rope_type", each.get("type", "default")) for each in each_kind} - {"default", None}
+    most = getattr(config, "max_position_embeddings", None) or 0
+    return sys.maxsize if scaled or most <= 0 else most
 
 
 def _line(trainer: Any, kind: str, split: str, rows: Any, prepared: Any) -> str | None:
