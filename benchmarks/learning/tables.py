@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,27 +106,39 @@ def training_code() -> str:
 
 
 def _training_code(found: list[dict[str, Any]]) -> str:
-    """Of runs of one length and dtype."""
+    """Of runs of one length and dtype. Single losses of a constant rate are noisy, so each column has several."""
     one, losses = found[0], {(row["arm"], row["seed"]): _losses(row) for row in found}
     times = rows.read(HERE / "training-time.jsonl")
     ratios = {row["arm"]: row["ratio"] for row in times}
     steps = sorted(next(iter(losses.values())))[1:]
-    shown, end = steps[-1 :: -max(1, len(steps) // 5)][::-1], steps[-1]
+    width = max(1, len(steps) // 5)
+    shown = [steps[first : first + width] for first in range(0, len(steps), width)]
     body, exact = [], {seed: curve for (name, seed), curve in losses.items() if name == "exact LoRA"}
     for arm in dict.fromkeys(arm for arm, _ in losses):
         pairs = [(curve, exact[seed]) for (name, seed), curve in losses.items() if name == arm and seed in exact]
         if not pairs:
             continue
-        kept = [statistics.mean(_share(curve, lora, at) for curve, lora in pairs) for at in shown]
-        ahead = [_at(lora, end * ratios[arm]) - curve[end] for curve, lora in pairs if ratios.get(arm, 1) < 1]
-        last = f"{statistics.mean(curve[end] for curve, _ in pairs):.3f}"
+        kept = [[_share_of_mean(curve, lora, part) for curve, lora in pairs] for part in shown]
+        cells = [f"{statistics.mean(by):.1%} ({min(by):.1%} to {max(by):.1%})" for by in kept]
+        ahead = [
+            statistics.mean(_at(lora, at * ratios[arm]) - curve[at] for at in shown[-1])
+            for curve, lora in pairs
+            if ratios.get(arm, 1) < 1
+        ]
         timed = [f"{ratios[arm]:.3f}" if arm in ratios else "", _mean_and_range(ahead) if ahead else ""]
-        body.append([arm, str(len(pairs)), *(f"{share:.1%}" for share in kept), last, *timed])
-    header = ["share of exact LoRA's improvement", "seeds", *(f"step {at:,}" for at in shown), "held-out loss"]
+        body.append([arm, str(len(pairs)), *cells, *timed])
+    header = ["share of exact LoRA's improvement", "seeds", *(f"steps {part[0]:,} to {part[-1]:,}" for part in shown)]
     return (
         rows.markdown([*header, "step time", "ahead at equal time"], body)
-        + f"\n\n4 x 128 tokens, {one['dtype']}, {rows.where(one)}. Steps timed in turns: {rows.where(times[0])}."
+        + f"\n\n4 x 128 tokens, {one['dtype']}, {rows.where(one)}. Columns are means of {width} held-out losses. "
+        f"Ahead: in the last column, nats. Steps timed in turns: {rows.where(times[0])}."
     )
+
+
+def _share_of_mean(losses: dict[int, float], lora: dict[int, float], steps: Sequence[int]) -> float:
+    """The share kept of exact LoRA's improvement, of mean losses."""
+    own, other = (statistics.mean(curve[at] for at in steps) for curve in (losses, lora))
+    return (lora[0] - own) / (lora[0] - other)
 
 
 def _mean_and_range(values: list[float]) -> str:
