@@ -107,19 +107,14 @@ def training_code() -> str:
 
 def _training_code(found: list[dict[str, Any]]) -> str:
     """Of runs of one length and dtype. Single losses of a constant rate are noisy, so each column has several."""
-    one, losses = found[0], {(row["arm"], row["seed"]): _losses(row) for row in found}
+    one, shown, body = found[0], _fifths(found), []
     times = rows.read(HERE / "training-time.jsonl")
     ratios = {row["arm"]: row["ratio"] for row in times}
-    steps = sorted(next(iter(losses.values())))[1:]
-    width = max(1, len(steps) // 5)
-    shown = [steps[first : first + width] for first in range(0, len(steps), width)]
-    body, exact = [], {seed: curve for (name, seed), curve in losses.items() if name == "exact LoRA"}
-    for arm in dict.fromkeys(arm for arm, _ in losses):
-        pairs = [(curve, exact[seed]) for (name, seed), curve in losses.items() if name == arm and seed in exact]
+    for arm in dict.fromkeys(row["arm"] for row in found):
+        pairs = _pairs(found, arm)
         if not pairs:
             continue
-        kept = [[_share_of_mean(curve, lora, part) for curve, lora in pairs] for part in shown]
-        cells = [f"{statistics.mean(by):.1%} ({min(by):.1%} to {max(by):.1%})" for by in kept]
+        cells = [_mean_share(pairs, part) for part in shown]
         ahead = [
             statistics.mean(_at(lora, at * ratios[arm]) - curve[at] for at in shown[-1])
             for curve, lora in pairs
@@ -130,15 +125,31 @@ def _training_code(found: list[dict[str, Any]]) -> str:
     header = ["share of exact LoRA's improvement", "seeds", *(f"steps {part[0]:,} to {part[-1]:,}" for part in shown)]
     return (
         rows.markdown([*header, "step time", "ahead at equal time"], body)
-        + f"\n\n4 x 128 tokens, {one['dtype']}, {rows.where(one)}. Columns are means of {width} held-out losses. "
-        f"Ahead: in the last column, nats. Steps timed in turns: {rows.where(times[0])}."
+        + f"\n\n4 x 128 tokens, {one['dtype']}, {rows.where(one)}. Columns are means of {len(shown[0])} held-out "
+        f"losses. Ahead: in the last column, nats. Steps timed in turns: {rows.where(times[0])}."
     )
 
 
-def _share_of_mean(losses: dict[int, float], lora: dict[int, float], steps: Sequence[int]) -> float:
-    """The share kept of exact LoRA's improvement, of mean losses."""
-    own, other = (statistics.mean(curve[at] for at in steps) for curve in (losses, lora))
-    return (lora[0] - own) / (lora[0] - other)
+def _fifths(found: list[dict[str, Any]]) -> list[list[int]]:
+    """The steps at which losses were measured, in five parts."""
+    steps = sorted(_losses(found[0]))[1:]
+    width = max(1, len(steps) // 5)
+    return [steps[first : first + width] for first in range(0, len(steps), width)]
+
+
+def _mean_share(pairs: list[tuple[dict[int, float], dict[int, float]]], steps: Sequence[int]) -> str:
+    """The share kept of exact LoRA's improvement, of mean losses: the mean and the range over the seeds."""
+    means = [[statistics.mean(curve[at] for at in steps) for curve in pair] for pair in pairs]
+    shares = [(lora[0] - own) / (lora[0] - other) for (_, lora), (own, other) in zip(pairs, means, strict=True)]
+    return f"{statistics.mean(shares):.1%} ({min(shares):.1%} to {max(shares):.1%})"
+
+
+def at_length(arm: str) -> str:
+    """That share in the last fifth of the longest runs."""
+    found = rows.read(HERE / "training-code.jsonl")
+    longest = max(max(_losses(row)) for row in found)
+    found = [row for row in found if max(_losses(row)) == longest]
+    return _mean_share(_pairs(found, arm), _fifths(found)[-1])
 
 
 def _mean_and_range(values: list[float]) -> str:
@@ -170,6 +181,8 @@ VALUES: dict[str, Callable[[], str]] = {
     "kept_by_auto_99": functools.partial(share_kept, "auto 0.99"),
     "kept_by_auto_98": functools.partial(share_kept, "auto 0.98"),
     "kept_by_fast_on_int8": functools.partial(share_kept, "fast, base int8"),
+    "kept_at_length_by_auto": functools.partial(at_length, "auto"),
+    "kept_at_length_by_fast": functools.partial(at_length, "fast"),
     "kept_by_the_rule": functools.partial(share_kept, "int8 x tokens 0.99"),
     "sensitivity_means": functools.partial(sensitivity.NETWORK.furthest, means=True),
     "sensitivity_runs": functools.partial(sensitivity.NETWORK.furthest, means=False),
