@@ -82,8 +82,7 @@ def verdict() -> str:
             values = _ahead(found, task, preset, "LoRA")
             if len(values) < _ENOUGH:
                 continue
-            by = _hundredths(_better(values))
-            by += _elsewhere(chosen(found, task, preset), chosen(found, task, "LoRA"))
+            by = _hundredths(_better(values)) + _elsewhere(chosen(found, task, preset), chosen(found, task, "LoRA"))
             line = [task, preset, str(len(values)), by, "yes" if _is_near(values) else "no"]
             line.append(_not_worse(_better(values), _margin(found, task)))
             line += [_hundredths(by_task[task]) if preset == "auto" and task in by_task else "" for by_task in later]
@@ -107,10 +106,10 @@ def verdict() -> str:
 
 def _together(found: Sequence[dict[str, Any]], preset: str) -> tuple[list[str], list[float]]:
     """The tasks that are scored in points, and by how much a preset is better than LoRA on their mean, seed by seed."""
-    by_task = {task: _by_seed(found, task, preset, "LoRA") for task in quality_tasks.NAMES if task not in _LOSSES}
-    enough = {task: values for task, values in by_task.items() if len(values) >= _ENOUGH}
-    seeds = sorted(set.intersection(*map(set, enough.values()))) if enough else []
-    return [*enough], [statistics.fmean(values[seed] for values in enough.values()) for seed in seeds]
+    scored = {task: _by_seed(found, task, preset, "LoRA") for task in quality_tasks.NAMES if task not in _LOSSES}
+    scored = {task: values for task, values in scored.items() if len(values) >= _ENOUGH}
+    seeds = sorted(set.intersection(*map(set, scored.values()))) if scored else []
+    return [*scored], [statistics.fmean(values[seed] for values in scored.values()) for seed in seeds]
 
 
 def together(preset: str) -> str:

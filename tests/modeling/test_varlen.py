@@ -207,8 +207,8 @@ def test_what_no_function_takes(dtype: torch.dtype, sizes: tuple[int, int]) -> N
 
 
 def test_one_by_one_is_said_once_and_not_on_cpu(recwarn: pytest.WarningsRecorder) -> None:
-    attention._say_one_by_one.cache_clear()
+    attention._said.clear()
     for kind in ("cpu", "mps", "mps"):
         attention._say_one_by_one(kind)
-    attention._say_one_by_one.cache_clear()
+    attention._said.clear()
     assert [str(warning.message).count("on mps") for warning in recwarn] == [1]

@@ -78,6 +78,7 @@ def test_a_method_that_the_libraries_no_longer_have_is_said_at_the_start(inputs,
     for name in ("adapter_model.safetensors", "report.html"):
         (tmp_path / "out" / name).unlink()
     patch_all(monkeypatch, "celora.borrowed:_look_up", lambda name: None if name in gone else found(name))
+    monkeypatch.setattr(borrowed, "_found", {})
     borrowed._say_missing.cache_clear()
     with (
         pytest.warns(UserWarning, match="no trl.SFTTrainer._prepare_dataset, so neither a row that the chat template"),

@@ -10,7 +10,6 @@ the same attention.
 
 from __future__ import annotations
 
-import functools
 import warnings
 from itertools import accumulate
 from types import BuiltinFunctionType
@@ -32,6 +31,7 @@ from celora.modeling.own_forward import OwnForward
 ATTENTION = "celora_packed_sdpa"
 LENGTHS = "celora_lengths"
 _DTYPES = (torch.float32, torch.bfloat16)  # of our kernel
+_said: set[str] = set()  # kinds of devices
 _IMPLEMENTATION = "transformers:PretrainedConfig._attn_implementation"
 
 
@@ -162,20 +162,20 @@ def attention(
             f"a compiled model has packed batches, and nothing here computes attention of {query.dtype} with heads of "
             f"{query.shape[3]} in one call. Attach with padding_free=False."
         )
-    if query.device.type != "cpu":
-        _say_one_by_one(query.device.type)
+    _say_one_by_one(query.device.type)
     pieces = zip(*(t.split(celora_lengths, dim=2) for t in (query, key, value)), strict=True)
     found = [_sdpa()(module, *piece, None, dropout=dropout, scaling=scaling, **kwargs)[0] for piece in pieces]
     return torch.cat(found, dim=1), None
 
 
-@functools.cache
 def _say_one_by_one(kind: str) -> None:
-    warnings.warn(
-        f"celora: nothing here computes the attention of all packed sequences in one call on {kind}, so each is a "
-        "call of its own. Many short sequences may be faster with padding_free=False.",
-        stacklevel=2,
-    )
+    if kind != "cpu" and kind not in _said:  # not `functools.cache`, of which torch.compile warns
+        _said.add(kind)
+        warnings.warn(
+            f"celora: nothing here computes the attention of all packed sequences in one call on {kind}, so each is a "
+            "call of its own. Many short sequences may be faster with padding_free=False.",
+            stacklevel=2,
+        )
 
 
 def packing_pays(dtype: torch.dtype, device: torch.device, *, masked: bool) -> bool:
