@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from celora.cli.main import main
 from celora.errors import CELoraError
-from celora.train.forecast.estimate import estimate, fitted, in_bytes
+from celora.train.forecast.estimate import estimate, fitted
 from celora.train.request.arguments import make_request, parse
 from celora.train.run import train
 from decoders import model_of
@@ -175,17 +175,15 @@ def test_of_many_rows_a_sample_is_tokenised(ask, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "bytes_"),
-    [("8GiB", 2**33), ("8 gib", 2**33), ("512MB", 512_000_000), ("2G", 2**31), ("1.5KiB", 1536), ("77B", 77)],
+    ("name", "said"),
+    [
+        ("v_porj", "did you mean 'v_proj'"),
+        ("layers.1.mlp.up_proj", "lora_target_modules='layers.1.mlp.up_proj': every block counts alike here"),
+    ],
 )
-def test_sizes(text, bytes_):
-    assert in_bytes(text) == bytes_
-
-
-@pytest.mark.parametrize("text", ["", "GiB", "8", "8 apples", "-8GiB", "0", "0GiB", "nan", "1e9", "9" * 40, "8GiB8"])
-def test_what_is_no_size_is_one_line(text):
-    with pytest.raises(CELoraError, match="expected a size with its unit, like 8GiB or 512MB"):
-        in_bytes(text)
+def test_targets_that_cannot_be_estimated_are_named(ask, name, said):
+    with pytest.raises(CELoraError, match=said):
+        ask(lora_target_modules=["q_proj", name])
 
 
 @pytest.mark.parametrize(

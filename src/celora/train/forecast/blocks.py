@@ -114,9 +114,9 @@ def how_many_blocks(config: Any) -> int:
     return min(int(config.num_hidden_layers), max(2, min(4, _MOST_BYTES // max(1, bytes_))))
 
 
-def outline(config: Any) -> Any:
-    """A stand-in of one block without numbers."""
-    return stand_in(config, 1, torch.float32, None, torch.device("meta"))
+def outline(config: Any, blocks: int = 1) -> Any:
+    """A stand-in of so many blocks without numbers."""
+    return stand_in(config, blocks, torch.float32, None, torch.device("meta"))
 
 
 def mlp_width(model: Any) -> int:

@@ -42,9 +42,11 @@ from celora.train.forecast.blocks import (
     stand_in,
 )
 from celora.train.forecast.peaks import GPUS, USABLE, usable
+from celora.train.forecast.units import duration, gib, in_bytes
 from celora.train.forecast.ways import QUALITY, Model, Rows, Way, best, ways_of
 from celora.train.loading import (
     check_model_folder,
+    check_modules,
     checked_config,
     gguf_of,
     load_tokenizer,
@@ -65,11 +67,6 @@ PRESETS = ("auto", "exact", "fast")
 OWN = "celora:"  # settings without a preset
 _PROBED = 64  # rows that batches are made of
 _SAMPLE, _LONGEST = 2_048, 64  # rows that are tokenised of a large data set: as many evenly, and the longest
-_UNITS = {"B": 1} | {
-    f"{letter}{end}": base**power
-    for power, letter in enumerate("KMGT", 1)
-    for end, base in (("", 1024), ("IB", 1024), ("B", 1000))
-}
 
 
 @dataclass(frozen=True)
@@ -143,7 +140,7 @@ class Estimate:
         on = () if self.gpu is None else (f"{gpus.smallest(way) or 'over ' + str(max(USABLE))} GB",)
         return (
             base, way.preset, "on" if way.checkpointing else "off", f"{way.batch} x {way.accumulation}",
-            gib(way.peak_bytes), *on, _time(way.epoch_seconds), _quality(way), mark,
+            gib(way.peak_bytes), *on, duration(way.epoch_seconds), _quality(way), mark,
         )  # fmt: skip
 
     def verdict(self) -> str:
@@ -155,7 +152,7 @@ class Estimate:
             bound = "" if self.gpu is None else "at least "
             return (
                 f"{way.preset} in {way.dtype}{held}, {way.batch} x {way.accumulation} rows a step{on}: "
-                f"{gib(way.peak_bytes)} at the peak, {bound}{_time(way.epoch_seconds)} an epoch, "
+                f"{gib(way.peak_bytes)} at the peak, {bound}{duration(way.epoch_seconds)} an epoch, "
                 f"{self.epochs:.3g} of them."
             )
         least = min(self.ways, key=lambda way: way.peak_bytes)
@@ -199,6 +196,7 @@ def estimate(
         args = sft_config(request)
         tokenizer = load_tokenizer(request) if folder == given.model else read_tokenizer(folder)
         config = checked_config(request)
+        _check_targets(request, config)
         everything = training_rows(request, tokenizer)
 
         def build(model: Any, rows: Any) -> Any:
@@ -253,15 +251,6 @@ def fitted(request: TrainRequest, memory: str) -> tuple[TrainRequest, str]:
     return make_request(given), f"Within {memory}: {found.verdict()}"
 
 
-def in_bytes(text: str) -> int:
-    """`8GiB` or `512 MB` as a number of bytes; CELoraError for anything else."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
-    unit = _UNITS.get(found[2].upper()) if found else None
-    if found is None or unit is None or not 0 < float(found[1]) * unit < 2**63:
-        raise CELoraError(f"--memory {text!r}; expected a size with its unit, like 8GiB or 512MB")
-    return int(float(found[1]) * unit)
-
-
 @contextmanager
 def _settings(request: TrainRequest) -> Iterator[tuple[str, int]]:
     """A folder with configuration and tokenizer, and the bytes of one number of the weights. Reads no weights."""
@@ -279,6 +268,14 @@ def _settings(request: TrainRequest) -> Iterator[tuple[str, int]]:
     with tempfile.TemporaryDirectory() as folder:
         write_settings(header, Path(folder), kind)
         yield folder, kind.itemsize
+
+
+def _check_targets(request: TrainRequest, config: Any) -> None:
+    """Raise CELoraError for targets that the model does not have, and for those of single blocks: all count alike."""
+    for target in request.lora["lora_target_modules"] or ():
+        if re.search(r"\b(layers?|blocks?|h)\.\d", target):
+            raise CELoraError(f"lora_target_modules={target!r}: every block counts alike here; leave out its number")
+    check_modules(request, outline(config, int(config.num_hidden_layers)))
 
 
 def _rows(everything: Any, config: Any, build: Callable[[Any, Any], Any]) -> tuple[Rows, Any, str]:
@@ -386,14 +383,3 @@ def _batches(request: TrainRequest, args: Any) -> list[tuple[int, int]]:
         batch, accumulation = batch // 2, accumulation * 2
         found.append((batch, accumulation))
     return found
-
-
-def gib(size: float) -> str:
-    """Bytes in words."""
-    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
-
-
-def _time(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
