@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from trl import SFTTrainer
 
 from asked import error_line
 from celora.cli import measure
@@ -86,14 +87,17 @@ def test_plan_and_audit_have_batches_as_training_has(inputs, capsys, tmp_path):
     assert tokens[0] == tokens[1] < tokens[2] == tokens[3]
 
 
-def test_plan_and_audit_take_a_file_of_a_training_that_evaluates(inputs, capsys, tmp_path):
+def test_plan_audit_and_estimate_take_a_file_of_a_training_and_send_nothing(inputs, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(SFTTrainer, "init_hf_repo", lambda *_: pytest.fail("a repository was made on the hub"))
     _, model, rows = inputs
     (tmp_path / "run.yaml").write_text(
         f"model: {model}\ndata: {rows}\neval_data: {rows}\neval_strategy: steps\nsave_strategy: best\n"
-        "load_best_model_at_end: true\neval_on_start: true\n"
+        "load_best_model_at_end: true\neval_on_start: true\npush_to_hub: true\nreport_to: trackio\n"
     )
     for command in (["plan", "--output", tmp_path / "plan.json"], ["audit", "--preset", "paper"]):
         assert main([str(a) for a in (*command, "--config", tmp_path / "run.yaml", "--quiet")]) == 0
+    estimate = ["estimate", "--config", tmp_path / "run.yaml", "--preset", "exact", "--dtype", "float32"]
+    assert main([str(a) for a in estimate]) == 0
 
 
 def test_plan_takes_a_file_of_a_training_with_a_plan(inputs, capsys, tmp_path):

@@ -278,6 +278,7 @@ def test_a_folder_without_a_test_split_may_be_evaluated_on_what_is_held_out(inpu
         ({}, ("LoRA",), "expected two or more different ones"),
         ({"preset": "auto"}, ARMS, "preset is not for a comparison"),
         ({"seed": 3}, ARMS, "seed is not for a comparison"),
+        ({"push_to_hub": True}, ARMS, "push_to_hub is not for a comparison"),
         ({"fidelity": 0.9}, ("LoRA", "exact"), "fidelity belongs to a plan, which none of the arms LoRA, exact has"),
         ({"data": "nowhere.jsonl"}, ARMS, "no such data file"),
     ],

@@ -13,9 +13,10 @@ import pytest
 from filelock import FileLock
 
 from celora.errors import CELoraError
-from celora.files import write_json
+from celora.files import clear, write_json
 from celora.train.output.folder import LOCK, RUN, OutputFolder
 from celora.train.output.manifest import seal
+from patching import patch_all
 from unprivileged import as_nobody, public_folder
 
 
@@ -125,6 +126,51 @@ def test_a_killed_overwrite_gives_the_earlier_run_back(folder, moves, monkeypatc
     folder.restore()
     assert folder.run()["run"] == "earlier"
     assert names(folder) == sorted([*before, LOCK])
+
+
+@pytest.mark.fault(
+    "crash",
+    "a run with --overwrite is killed while it removes the earlier one",
+    sees="`--resume` finds the new run",
+    kept="the new run, whole",
+)
+@pytest.mark.parametrize("removed", range(5))
+def test_a_killed_overwrite_does_not_mix_two_runs(folder, removed, monkeypatch):
+    """The order is that of `clear`, which a file system may list in any order."""
+    (folder.path / "adapter_config.json").write_text("earlier")
+    (folder.path / "README.md").write_text("earlier")
+    folder.set_aside()
+    write_json(folder.path / RUN, {"celora": "0", "run": "new"})
+    after = names(folder)
+    done = 0
+
+    def until_killed(path):
+        nonlocal done
+        if done == removed:
+            raise KeyboardInterrupt
+        done += 1
+        clear(path)
+
+    with monkeypatch.context() as patch:
+        patch_all(patch, "celora.train.output.folder:clear", until_killed)
+        with pytest.raises(KeyboardInterrupt):
+            folder.forget_earlier()
+    assert folder.resumable()["run"] == "new"
+    assert {*names(folder), ".replaced"} == {*after, LOCK}
+    folder.set_aside()
+    assert folder.resumable()["run"] == "new"
+
+
+def test_an_earlier_run_that_cannot_be_removed_stays(folder, monkeypatch):
+    folder.set_aside()
+    write_json(folder.path / RUN, {"celora": "0", "run": "new"})
+
+    def busy(path):
+        raise OSError("busy")
+
+    patch_all(monkeypatch, "celora.train.output.folder:clear", busy)
+    folder.forget_earlier()
+    assert folder.resumable()["run"] == "new"
 
 
 def test_what_others_call_replaced_is_not_brought_back(folder):

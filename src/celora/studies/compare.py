@@ -78,6 +78,8 @@ def compare(
     if "auto" not in arms and (given := [name for name in PLANNING if settings.get(name) is not None]):
         raise CELoraError(f"{given[0]} belongs to a plan, which none of the arms {', '.join(arms)} has; leave it out.")
     probe = make_request(dict(settings))
+    if probe.train.get("push_to_hub"):
+        raise CELoraError("push_to_hub is not for a comparison: each run would replace the one before; leave it out.")
     for arm in arms:
         make_request(_own(settings, arm))  # so that a mistake is reported before any training
     output = probe.output

@@ -31,8 +31,11 @@ from celora.train.request.arguments import TrainRequest, sft_config
 from celora.train.rows.data import local_files
 from celora.train.trainer import build_trainer, check_tokens, refused
 
-# Plan, audit and estimate evaluate and save nothing, whatever a settings file written for training says.
-NO_EVALUATION = {"eval_strategy": "no", "eval_on_start": False, "load_best_model_at_end": False, "save_strategy": "no"}
+# Plan, audit and estimate evaluate, save and send nothing, whatever a settings file written for training says.
+MEASURES_ONLY = {
+    "eval_strategy": "no", "eval_on_start": False, "load_best_model_at_end": False, "save_strategy": "no",
+    "push_to_hub": False, "report_to": "none",
+}  # fmt: skip
 
 
 def plan_model(
@@ -70,7 +73,7 @@ def prepared(request: TrainRequest, rows: int | None, adapter: Path | None) -> I
         request = with_folder(request)
         tokenizer = load_tokenizer(request)
         data = training_rows(request, tokenizer)
-        train = request.train | NO_EVALUATION | ({} if rows is None else {"per_device_train_batch_size": rows})
+        train = request.train | MEASURES_ONLY | ({} if rows is None else {"per_device_train_batch_size": rows})
         args = sft_config(replace(request, train=train, output=Path(scratch)))
         request, _ = settle_dtype(request, args)
         model, peft, config = load_model(request), lora_config(request), request.config

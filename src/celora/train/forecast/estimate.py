@@ -55,7 +55,7 @@ from celora.train.loading import (
     read_tokenizer,
     training_rows,
 )
-from celora.train.prepare import NO_EVALUATION
+from celora.train.prepare import MEASURES_ONLY
 from celora.train.processes import processes
 from celora.train.request.arguments import PLANNING, TrainRequest, make_request, sft_config
 from celora.train.rows.answers import learnt_tokens
@@ -191,7 +191,7 @@ def estimate(
     if presets is None:
         presets = _presets(given, PRESETS if gpu is None else gpus.PRESETS)
     with quiet_libraries(), tempfile.TemporaryDirectory() as scratch, _settings(given) as (folder, stored):
-        request = replace(given, model=folder, output=Path(scratch), train=given.train | NO_EVALUATION)
+        request = replace(given, model=folder, output=Path(scratch), train=given.train | MEASURES_ONLY)
         request = request if gpu is None else gpus.on_cpu(request, presets)
         args = sft_config(request)
         tokenizer = load_tokenizer(request) if folder == given.model else read_tokenizer(folder)

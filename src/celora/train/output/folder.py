@@ -199,7 +199,7 @@ class OutputFolder:
         if self.run() is None:
             return None
         aside = self.path / _ASIDE
-        clear(aside)  # an older run that a killed process had already begun to replace
+        _remove(aside)  # an older run that a killed process had already begun to replace
         aside.mkdir()
         for entry in _ours(self.path):
             entry.rename(aside / entry.name)
@@ -228,9 +228,9 @@ class OutputFolder:
 
     @_in_one_line
     def forget_earlier(self) -> None:
-        """Remove the run that was set aside, once a new one has trained."""
-        if (self.path / _ASIDE).is_dir():
-            shutil.rmtree(self.path / _ASIDE)
+        """Remove the run that was set aside, once a new one has trained. What cannot be removed stays."""
+        with contextlib.suppress(OSError):
+            _remove(self.path / _ASIDE)
 
     def last_checkpoint(self, say: Callable[[str], object] = lambda _: None) -> tuple[Path, dict[str, Any]] | None:
         """The newest checkpoint to resume from, and its manifest ("step", "seconds"). `say`: told why no newer one."""
@@ -285,6 +285,13 @@ def _ours(folder: Path) -> list[Path]:
         )
     ]
     return sorted(found, key=lambda entry: entry.name == RUN)
+
+
+def _remove(aside: Path) -> None:
+    """Remove a run that was set aside, `run.json` last: without it, `recover` takes the rest for the folder's own."""
+    for entry in sorted(aside.glob("*"), key=lambda entry: entry.name == RUN):
+        clear(entry)
+    clear(aside)
 
 
 def _written(entry: Path) -> bool:
