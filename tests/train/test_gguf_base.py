@@ -18,7 +18,7 @@ from celora.train.formats.architectures import ARCHITECTURES
 from celora.train.formats.gguf_base import convert, converted, own_dtype
 from celora.train.formats.gguf_file import read_header
 from decoders import model_of
-from ggufs import TEMPLATE, write_model
+from ggufs import TEMPLATE, add_tokenizer, write_model
 
 KINDS = gguf.GGMLQuantizationType
 TOKENS = torch.arange(3, 23)[None]
@@ -115,6 +115,22 @@ def test_the_tokenizer_comes_from_the_file_alone(tmp_path):
     assert tokenizer.convert_ids_to_tokens(tokenizer(" the cat<eos>")["input_ids"]) == ["Ġthe", "Ġ", *"cat", "<eos>"]
     assert (tokenizer.eos_token, tokenizer.pad_token, tokenizer.model_max_length) == ("<eos>", "<pad>", 64)
     assert load(folder).generation_config.eos_token_id == [1, 3]
+
+
+@pytest.mark.parametrize(("says", "begins"), [(None, ["<bos>"]), (True, ["<bos>"]), (False, [])])
+def test_a_tokenizer_of_llama_3_begins_a_text_and_looks_up_whole_words(says, begins, tmp_path):
+    """What llama.cpp does with this name, and the file does not say."""
+
+    model = base_of()
+
+    def more(writer):
+        add_tokenizer(writer, model.config.vocab_size, pre="llama-bpe", merges=["t h"])  # none makes "the"
+        if says is not None:
+            writer.add_add_bos_token(says)
+
+    path = write_model(tmp_path / "model.gguf", model, more=more)
+    tokenizer = AutoTokenizer.from_pretrained(converted(path))
+    assert tokenizer.convert_ids_to_tokens(tokenizer(" the cat")["input_ids"]) == [*begins, "Ġthe", "Ġ", *"cat"]
 
 
 @pytest.mark.parametrize("refused", [[], ["symlink"], ["symlink", "link"]])

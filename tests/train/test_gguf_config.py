@@ -96,3 +96,10 @@ def test_other_rotations_are_read(kind, scaling, tmp_path):
 
     found = load(converted(write_model(tmp_path / "model.gguf", model, more=add, words=True)))
     torch.testing.assert_close(logits(found), logits(model), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("key", ["rope.scaling.factor", "rope.scale_linear"])
+def test_a_factor_without_a_kind_is_linear(key, tmp_path):
+    model = base_of(rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 10_000.0})
+    path = write_model(tmp_path / "model.gguf", model, more=lambda writer: writer.add_float32(f"llama.{key}", 4.0))
+    assert gguf_config(read_header(path)).rope_parameters == model.config.rope_parameters

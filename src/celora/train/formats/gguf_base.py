@@ -32,10 +32,15 @@ from celora.train.formats.gguf_config import ROPE_TENSORS, gguf_config
 from celora.train.formats.gguf_file import GGUFHeader, read_header, read_tensor
 from celora.train.formats.shards import write_shards
 
-_FORMAT = 1  # of the folder; in its name, so that a later celora does not take what an earlier one has made
+_FORMAT = 2  # of the folder; in its name, so that a later celora does not take what an earlier one has made
 _MOST_BYTES = 2**28  # of one file of weights
 # Names of GPT-2's way to split text, and of ways that differ from it only in digits that no merge joins.
 _AS_GPT_2 = ("default", "gpt-2", "mpt", "olmo", "smollm", "refact", "starcoder")
+# Names of the ways with which llama.cpp looks up a whole word before it merges, and begins a text with BOS, unless the
+# file says otherwise. Transformers splits as they do, and does neither.
+_WHOLE_WORDS = (
+    "llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano", "tekken",
+)  # fmt: skip
 _KIND = gguf.GGMLQuantizationType
 _PLAIN = {_KIND.F32: torch.float32, _KIND.F16: torch.float16, _KIND.BF16: torch.bfloat16}
 
@@ -173,6 +178,9 @@ def _save_tokenizer(header: GGUFHeader, config: Any, folder: Path) -> None:
             _put(header.path.resolve(), link)
             tokenizer = PreTrainedTokenizerFast.from_pretrained(alone, gguf_file=link.name, trust_remote_code=False)
         tokenizer.model_max_length = config.max_position_embeddings
+        if header.fields.get("tokenizer.ggml.pre") in _WHOLE_WORDS:
+            tokenizer.backend_tokenizer.model.ignore_merges = True
+            tokenizer.add_bos_token = bool(header.fields.get("tokenizer.ggml.add_bos_token", True))
         tokenizer.save_pretrained(folder)
         _without_others(folder / "tokenizer.json", config.vocab_size)
         words = len(PreTrainedTokenizerFast.from_pretrained(folder, trust_remote_code=False))

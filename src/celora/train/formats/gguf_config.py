@@ -122,7 +122,8 @@ def gguf_config(header: GGUFHeader) -> Any:
 
 def _rotation(read: _Metadata, kind: str, rotated: int, head_dim: int) -> dict[str, Any]:
     """`rope_parameters`."""
-    scaling = read.get("rope.scaling.type") or "none"
+    factor = next((key for key in ("rope.scaling.factor", "rope.scale_linear") if read.get(key)), None)  # older: last
+    scaling = read.get("rope.scaling.type") or ("linear" if factor else "none")  # as llama.cpp does
     found: dict[str, Any] = {"rope_type": "default", "rope_theta": read.real("rope.freq_base", 10_000.0)}
     if kind == "phi3":
         found["partial_rotary_factor"] = rotated / head_dim
@@ -136,7 +137,7 @@ def _rotation(read: _Metadata, kind: str, rotated: int, head_dim: int) -> dict[s
     if read.has(ROPE_TENSORS[1]):
         raise read.refused("has rotary factors that depend on the length of a text")
     if scaling in ("linear", "yarn"):
-        found |= {"rope_type": scaling, "factor": read.real("rope.scaling.factor")}
+        found |= {"rope_type": scaling, "factor": read.real(factor or "rope.scaling.factor")}
         if scaling == "yarn":
             found["original_max_position_embeddings"] = read.count("rope.scaling.original_context_length")
     elif scaling != "none":
