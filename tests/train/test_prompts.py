@@ -87,6 +87,14 @@ def test_answers_stand_beside_the_rows(trained, tmp_path):
     assert [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()] == made
 
 
+@pytest.mark.parametrize("batch", [1, 4])
+def test_each_batch_draws_anew_and_a_resumed_one_as_before(batch, trained):
+    rows, warm = [({}, "w1")] * 8, Sampling(max_new_tokens=6, temperature=1.5)
+    made = answer_all(trained, rows, warm, batch=batch)
+    assert len({row["generated"] for row in made}) > 6
+    assert answer_all(trained, rows, warm, batch=batch, earlier=made[:4]) == made
+
+
 def test_what_was_answered_before_an_interruption_is_continued(trained, tmp_path, monkeypatch):
     rows = load_prompts(write(tmp_path / "rows.jsonl", [{"prompt": f"w{i}"} for i in range(5)]))
     output = tmp_path / "out.jsonl"

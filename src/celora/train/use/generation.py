@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import re
+import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -114,14 +115,20 @@ class _Streamer(TextStreamer):  # type: ignore[misc]
             self.hear(text)
 
 
-def answers(trained: Trained, prompts: Sequence[Prompt], sampling: Sampling, *, base: bool = False) -> list[str]:
-    """One answer for each prompt, generated in one batch. A prompt that leaves less room has a batch of its own."""
+def answers(
+    trained: Trained, prompts: Sequence[Prompt], sampling: Sampling, *, base: bool = False, first: int = 0
+) -> list[str]:
+    """One answer for each prompt, generated in one batch. A prompt that leaves less room has a batch of its own.
+
+    `first`: the number of the first prompt among all. Each batch has draws of its own.
+    """
     tokens = [encode(trained.tokenizer, prompt, raw=trained.raw) for prompt in prompts]
     room = {i: _room(trained.model, [row], sampling) for i, row in enumerate(tokens)}
     whole = [i for i in room if room[i] == sampling.max_new_tokens]
     made: dict[int, str] = {}
     for batch in filter(None, [whole, *([i] for i in room if i not in whole)]):
-        new = generate(trained, [tokens[i] for i in batch], sampling, base=base)
+        draws = replace(sampling, seed=zlib.crc32(f"{sampling.seed} {first + batch[0]}".encode()))
+        new = generate(trained, [tokens[i] for i in batch], draws, base=base)
         made |= zip(batch, trained.tokenizer.batch_decode(new, skip_special_tokens=True), strict=True)
     return [str(made[i]) for i in room]
 

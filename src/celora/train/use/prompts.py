@@ -122,9 +122,9 @@ def answer_all(
         for start in range(len(done), len(rows), batch):
             part = rows[start : start + batch]
             prompts = [prompt for _, prompt in part]
-            columns = {GENERATED: answers(trained, prompts, sampling)}
+            columns = {GENERATED: answers(trained, prompts, sampling, first=start)}
             if base:
-                columns[BY_BASE] = answers(trained, prompts, sampling, base=True)
+                columns[BY_BASE] = answers(trained, prompts, sampling, base=True, first=start)
             new = [row | {name: texts[i] for name, texts in columns.items()} for i, (row, _) in enumerate(part)]
             done += new
             say(len(done), new)
