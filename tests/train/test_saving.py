@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ import torch.distributed as dist
 from huggingface_hub import HfApi
 from huggingface_hub.utils import filter_repo_objects
 from rich.console import Console
-from transformers import TrainerCallback
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 from trl import SFTTrainer
 
 from celora.errors import CELoraError
@@ -88,6 +89,29 @@ def test_a_full_disk_stops_the_run_and_resume_goes_on(too_large, inputs, whole, 
     assert "Resuming from checkpoint-3" in text
     assert same(adapter(output), whole)
     assert [row["step"] for row in read_metrics(output / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+
+
+def fill_by_tokenizers(patch):
+    to_full = lambda tokenizer, *_, **__: tokenizer.backend_tokenizer.save("/dev/full")  # noqa: E731
+    patch.setattr(PreTrainedTokenizerBase, "save_pretrained", to_full)
+
+
+def fill_by_torch(patch):
+    save = torch.save
+    patch.setattr(torch, "save", lambda what, where, **more: save(what, "/dev/full", **more))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+@pytest.mark.parametrize("fill", [fill_by_tokenizers, fill_by_torch])
+@pytest.mark.parametrize("moment", ["on_step_end", "on_train_end"])  # in a checkpoint, and in the finished adapter
+def test_a_full_disk_is_said_whoever_writes(moment, fill, inputs, tmp_path, monkeypatch):
+    class Fills(TrainerCallback):
+        pass
+
+    setattr(Fills, moment, lambda *_, **__: fill(monkeypatch))
+    on_build(monkeypatch, lambda trainer: trainer.add_callback(Fills()))
+    with pytest.raises(CELoraError, match=r"^the run stopped: .*(No space left|iostream error|inline_container)"):
+        go(inputs, tmp_path / "out")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -22,7 +24,8 @@ from celora.train.progress import MetricsWriter
 
 # Exceptions of a full or failing disk, and of a damaged file.
 UNUSABLE = (OSError, SafetensorError, UnpicklingError)
-_TORCHS_WRITER = ("inline_container", "PytorchStreamWriter", "iostream error")
+# In what torch's and tokenizers' writers say then. Theirs are no OSErrors.
+_WRITERS_SAY = ("inline_container", "PytorchStreamWriter", "iostream error", "(os error ")
 
 
 class Sealing(TrainerCallback):  # type: ignore[misc]
@@ -69,12 +72,8 @@ class SafeSaving:
         if self.args.should_save:
             clear(checkpoint)  # unfinished, or newer than the checkpoint that the run was resumed from
         wait_for_all()  # no process may write into the new folder before this
-        try:
+        with _writing():
             super()._save_checkpoint(*arguments, **more)  # type: ignore[misc]
-        except RuntimeError as error:
-            if not any(writer in str(error) for writer in _TORCHS_WRITER):
-                raise
-            raise OSError(first_line(error)) from error  # torch.save's way to say that the disk is full
 
     def _load_best_model(self) -> None:
         """Load it from this run's own folder. The path in a checkpoint's state may be from another machine."""
@@ -86,13 +85,25 @@ class SafeSaving:
         folder = Path(output_dir or self.args.output_dir)
         card = folder / CARD
         kept = card.read_bytes() if is_own(card) else None
-        super()._save(output_dir, *arguments, **more)  # type: ignore[misc]
+        with _writing():
+            super()._save(output_dir, *arguments, **more)  # type: ignore[misc]
         # training_args.bin is a pickle, and run.json says the same.
         (folder / "training_args.bin").unlink(missing_ok=True)
         if kept is not None:
             card.write_bytes(kept)  # PEFT has just written a path of this machine into it
         elif self.card is not None:
             self.card.write(folder, self)
+
+
+@contextlib.contextmanager
+def _writing() -> Iterator[None]:
+    """Raise as OSError what other libraries say of a full disk."""
+    try:
+        yield
+    except Exception as error:  # tokenizers raises Exception itself
+        if isinstance(error, UNUSABLE) or not any(words in str(error) for words in _WRITERS_SAY):
+            raise
+        raise OSError(first_line(error)) from error
 
 
 def check_finite(trainer: Any) -> None:
