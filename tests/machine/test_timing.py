@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -232,18 +233,31 @@ def test_no_plan_where_times_are_those_of_launches(why: str, monkeypatch: pytest
 
 
 @pytest.mark.parametrize(
-    ("shares", "allowed", "threads", "expected"),
+    ("shares", "numbers", "allowed", "threads", "expected"),
     [
-        ([3.0, 5.0], {0, 1}, 2, ""),
-        ([100.0, 10.0], {0, 1}, 2, "other programs use 55% of the processors"),
-        ([100.0, 10.0], {0, 1}, 1, ""),  # one thread has a processor of its own
-        ([100.0, 10.0, 0.0, 0.0], {2, 3}, 2, ""),  # this process may not use those that are busy
-        ([100.0, 100.0], {0, 1}, 8, "other programs use 100% of the processors"),
+        ([3.0, 5.0], "01", {0, 1}, 2, ""),
+        ([100.0, 10.0], "01", {0, 1}, 2, "other programs use 55% of the processors"),
+        ([100.0, 10.0], "01", {0, 1}, 1, ""),  # one thread has a processor of its own
+        ([100.0, 10.0, 0.0, 0.0], "0123", {2, 3}, 2, ""),  # this process may not use those that are busy
+        ([100.0, 100.0], "01", {0, 1}, 8, "other programs use 100% of the processors"),
+        ([100.0, 0.0, 0.0, 0.0], "0246", {2, 4, 6}, 3, ""),  # half are offline
+        ([100.0, 100.0], "01", {6, 7}, 2, "other programs use 100% of the processors"),  # a container's own numbers
+        ([100.0, 100.0], "", {0, 1}, 2, "other programs use 100% of the processors"),  # nobody says
     ],
 )
 def test_others_disturb_where_fewer_processors_are_free_than_there_are_threads(
-    shares: list[float], allowed: set[int], threads: int, expected: str, monkeypatch: pytest.MonkeyPatch
+    shares: list[float],
+    numbers: str,
+    allowed: set[int],
+    threads: int,
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
+    stat = tmp_path / "stat"
+    if numbers:
+        stat.write_text("cpu  1 2 3\n" + "".join(f"cpu{number} 1 2 3\n" for number in numbers) + "intr 4\n")
+    monkeypatch.setattr(timing, "_STAT", stat)
     watched = SimpleNamespace(cpu_percent=lambda seconds, percpu: shares)
     monkeypatch.setattr(timing, "psutil", watched)
     monkeypatch.setattr(timing.os, "sched_getaffinity", lambda process: allowed, raising=False)

@@ -98,6 +98,11 @@ def test_a_hub_configuration_of_local_rows(tmp_path: Path, load: Load) -> None:
         load(write(tmp_path / "data.jsonl", {"text": "a"}), config="small")
 
 
+def test_a_slice_of_local_rows(tmp_path: Path, load: Load) -> None:
+    with pytest.raises(CELoraError, match=r"^'train\[:3\]' is a slice, which only the hub gives"):
+        load(write(tmp_path / "data.jsonl", {"text": "a"}), split="train[:3]")
+
+
 def test_folder(tmp_path: Path, load: Load) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()

@@ -55,6 +55,7 @@ def test_only_what_a_run_writes_is_taken_away(folder):
 def test_a_run_that_was_killed_before_it_began_may_begin(tmp_path):
     (tmp_path / LOCK).touch()
     (tmp_path / f".{RUN}.tmp").touch()
+    (tmp_path / "runs").mkdir()  # TensorBoard's, of a run whose first step failed
     OutputFolder(tmp_path).check(resume=False, overwrite=False)
 
 

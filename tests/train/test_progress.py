@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
+import os
+import signal
 import sys
 import time
 from types import SimpleNamespace
@@ -153,6 +156,31 @@ class Full(io.StringIO):
         raise OSError(errno.ENOSPC, "no space left on device")
 
     flush = write
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGALRM"), reason="this system has no timer that interrupts")
+def test_a_handler_of_a_signal_loses_its_line_while_another_is_written(monkeypatch):
+    """As where whatever reads the lines has stopped reading, and Ctrl-C comes."""
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+
+    def handler(*_):
+        say(progress_console(), False, "stopping")
+        with contextlib.suppress(BlockingIOError):  # nothing is in the pipe yet
+            heard.append(len(os.read(reader, 10**6)))
+
+    heard: list[int] = []
+    before = signal.signal(signal.SIGALRM, handler)
+    with open(writer, "w") as log:
+        monkeypatch.setattr(sys, "stderr", log)
+        signal.setitimer(signal.ITIMER_REAL, 0.1, 0.1)
+        try:
+            while len(heard) < 2:  # a pipe holds some 64 KiB
+                say(progress_console(), False, "a line " * 5_000)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+    os.close(reader)
 
 
 @pytest.mark.fault(

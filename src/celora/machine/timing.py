@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 import math
 import os
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
+from pathlib import Path
 
 import psutil
 import torch
@@ -21,6 +23,7 @@ _CLEARLY = 1.5  # times as long as float32's product: less is no reason to take 
 _TURNS, _MOST_TURNS = 9, 45  # of the two dtypes
 _REST = 2e-3  # seconds
 _WATCHED_S, _BELIEVED_S = 0.2, 10.0  # how long others are watched, and how long what was seen is believed
+_STAT = Path("/proc/stat")  # that psutil reads on Linux
 _ENOUGH = 0.8  # free processors for each thread, at the least
 _WAITING = 2.0  # times as long as next to nothing, at the least, if what a device computes is waited for
 _SLEEP = "torch:cuda._sleep"
@@ -120,7 +123,9 @@ def disturbed(device: torch.device | None = None) -> str:
 def _disturbed(_moment: int) -> str:
     shares = psutil.cpu_percent(_WATCHED_S, percpu=True)
     if hasattr(os, "sched_getaffinity"):
-        shares = [shares[number] for number in os.sched_getaffinity(0) if number < len(shares)]
+        numbered, allowed = dict(zip(_numbers(), shares, strict=False)), os.sched_getaffinity(0)
+        if allowed <= numbered.keys():  # some containers number theirs anew
+            shares = [numbered[number] for number in allowed]
     free, threads = sum(1 - share / 100 for share in shares), torch.get_num_threads()
     if free >= _ENOUGH * min(threads, len(shares)):
         return ""
@@ -128,6 +133,14 @@ def _disturbed(_moment: int) -> str:
         f"other programs use {1 - free / len(shares):.0%} of the processors: times are too long, and their order may "
         "be wrong"
     )
+
+
+def _numbers() -> list[int]:
+    """The numbers of the processors that psutil sees, in its order. Some may be offline."""
+    try:
+        return [int(number) for number in re.findall(r"^cpu(\d+)", _STAT.read_text(), re.MULTILINE)]
+    except OSError:
+        return []
 
 
 def synchronise(device: torch.device) -> None:

@@ -30,18 +30,21 @@ _DROPPED = ("train_", "num_tokens", "eval_num_tokens", "num_input_tokens_seen", 
 
 
 class _Lossy:
-    """A stream to which writing never fails. A full disk or a closed terminal may lose lines, and ends no training."""
+    """A stream to which writing never fails. A full disk or a closed terminal may lose lines, and ends no training.
+
+    So may a handler of a signal that came while another line was being written: Python's stream raises RuntimeError.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        with suppress(OSError):
+        with suppress(OSError, RuntimeError):
             self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        with suppress(OSError):
+        with suppress(OSError, RuntimeError):
             self._stream.flush()
 
     def __getattr__(self, name: str) -> Any:

@@ -180,7 +180,8 @@ class OutputFolder:
     def check(self, *, resume: bool, overwrite: bool) -> None:
         """Refuse a folder that is not writable, or whose files are not celora's. Removes nothing."""
         self.check_writable()
-        ours = {LOCK, f".{RUN}.tmp"}  # left by a run that was killed before it wrote run.json
+        # Left by a run that was killed before it wrote run.json, or ended before its first step (TensorBoard's logs).
+        ours = {LOCK, f".{RUN}.tmp", "runs"}
         names = sorted({entry.name for entry in self.path.iterdir()} - ours) if self.path.exists() else []
         if not names or (self.run() is not None and (resume or overwrite)):
             return

@@ -311,6 +311,8 @@ def check_messages(place: str, column: str, value: Any) -> list[dict[str, str]]:
 def local_files(source: str | Path, split: str) -> list[Path]:
     """The files that `load_rows` reads. Empty if `source` can only be the name of a hub data set."""
     path = Path(source).expanduser()
+    if "[" in split and path.exists():
+        raise CELoraError(f"{split!r} is a slice, which only the hub gives; write the rows you want into a file")
     check_regular(path)
     if path.is_dir():
         try:
