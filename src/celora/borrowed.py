@@ -39,6 +39,8 @@ NAMES: dict[str, str] = {
     "counted exactly",
     "transformers.loss.loss_utils:ForCausalLMLoss": "the loss is the model's own, with padding",
     "transformers:PretrainedConfig._attn_implementation": "padding stays in batches",
+    "transformers.masking_utils:ALL_MASK_ATTENTION_FUNCTIONS": "nobody checks who makes attention masks",
+    "transformers.modeling_utils:ALL_ATTENTION_FUNCTIONS": "an attention that stands in it alone is not seen",
     "transformers.integrations.gguf.gguf_tokenizer_mapping:GGUF_PRE_TOKENIZER_SPLITS": "nobody checks whether the text "
     "of a GGUF file's tokenizer is split as the file says",
     "bitsandbytes.functional:_convert_weight_packed_for_cpu_inverse": "4-bit layers that evaluation on CPU has packed "

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 import celora
@@ -221,6 +222,21 @@ def test_autocast_is_no_further_from_float32_than_pefts() -> None:
     assert theirs > 1e-3  # autocast does round, so there is something to compare
     assert ours < 1.5 * theirs
     assert losses[2] == pytest.approx(losses[0], rel=1e-2)
+
+
+def test_a_scaling_that_begins_to_train_gets_its_gradient() -> None:
+    model = make_model().train()
+    celora.attach(model, "exact")
+    layer = model.base_model.model.model.layers[1].mlp.up_proj
+    plain = copy.deepcopy(model)
+    celora.detach(plain)
+    for each in (model, plain):
+        each(**make_batch(0)).loss.backward()
+        scaled = each.base_model.model.model.layers[1].mlp.up_proj
+        scaled.scaling["default"] = nn.Parameter(torch.tensor(2.0))
+        each(**make_batch(0)).loss.backward()
+    expected = plain.base_model.model.model.layers[1].mlp.up_proj.scaling["default"].grad
+    torch.testing.assert_close(layer.scaling["default"].grad, expected, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.filterwarnings("ignore:.*Function.* should not be instantiated:DeprecationWarning")

@@ -29,14 +29,23 @@ from celora.modeling.language_model import find_language_model, pretrained
 from labelled import gradient, masked_batch
 from small import make_model
 
+
+def _bias(head: nn.Linear) -> nn.Parameter:
+    head.bias = nn.Parameter(torch.zeros(head.out_features), requires_grad=False)
+    return head.bias
+
+
 CHANGES = pytest.mark.parametrize(
     ("change", "reason"),
     [
         (lambda m: m.base_model.model.lm_head.weight.requires_grad_(), "head is trained"),
+        (lambda m: _bias(m.base_model.model.lm_head).requires_grad_(), "head is trained"),
+        (lambda m: setattr(m.base_model.model, "extra", nn.Linear(2, 2)), "trains its 'extra'"),
+        (lambda m: setattr(m.base_model.model, "heat", nn.Parameter(torch.zeros(()))), "trains its 'heat'"),
         (lambda m: setattr(m.base_model.model, "loss_function", lambda **_: torch.zeros(())), "loss of its own"),
         (lambda m: m.base_model.model.lm_head.register_forward_hook(lambda *_: None), "as its head"),
     ],
-    ids=["trained", "loss", "hooked"],
+    ids=["trained", "bias", "part", "parameter", "loss", "hooked"],
 )
 
 

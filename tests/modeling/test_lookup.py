@@ -171,6 +171,22 @@ def test_an_operator_in_the_place_of_torchs_is_used(monkeypatch: pytest.MonkeyPa
     assert calls == [2]
 
 
+def test_tiles_do_not_take_the_place_of_an_attention_that_is_not_transformers_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Heads of 32 numbers have tiles where the machine has some. The batch has no padding to leave out."""
+    model, batch = model_of("llama", head_dim=32), ragged([32, 32])
+    original = nn.functional.scaled_dot_product_attention
+    celora.attach(model, "exact")
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", lambda *a, **k: 0.5 * original(*a, **k))
+    with pytest.warns(UserWarning, match="padding stays in batches"):
+        found, gradient = gradients(model, {**batch, "attention_mask": None})
+    celora.detach(model)
+    expected, exact = gradients(model, {**batch, "attention_mask": None})
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert (gradient - exact).norm() < 1e-5 * exact.norm()
+
+
 def test_batches_that_are_not_packed_find_it_where_the_machine_has_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """With tiles, celora's attention also takes batches that are not packed, but only in calls that train on labels."""
     counted, batch = Packed(monkeypatch), ragged([32, 32, 32])

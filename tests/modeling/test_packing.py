@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,9 +13,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama import modeling_llama
 
 import celora
+from celora.errors import CELoraError
 from celora.modeling import packing
 from decoders import PACKED, model_of
 from labelled import gradients, ragged
@@ -170,6 +179,86 @@ def test_other_models_stay_padded() -> None:
     eager.set_attn_implementation("eager")
     assert "eager" in packing.cannot_pack(eager)
     assert packing.cannot_pack(nn.Linear(2, 2))
+
+
+class PrefixLM(LlamaForCausalLM):
+    """Attends to all of the first tokens of a row."""
+
+    def forward(self, input_ids: Tensor, labels: Tensor, logits_to_keep: Any = 0, **kwargs: Any) -> Any:
+        columns = input_ids.shape[1]
+        seen = torch.ones(columns, columns, dtype=torch.bool).tril()
+        seen[:3, :3] = True
+        mask = seen & (kwargs.pop("attention_mask") != 0)[:, None, None]
+        logits = super().forward(input_ids, attention_mask=mask, logits_to_keep=logits_to_keep, **kwargs).logits
+        return CausalLMOutputWithPast(loss=self.loss_function(logits, labels, self.config.vocab_size), logits=logits)
+
+
+def _sees_all(*args: Any, attention_mask: Any = None, **kwargs: Any) -> Tensor:
+    """A mask that hides padding alone. The rows have 11 tokens, whoever asks."""
+    seen = attention_mask != 0 if attention_mask is not None else torch.ones(3, 11, dtype=torch.bool)
+    return seen[:, None, None].expand(3, 1, 11, 11)
+
+
+def _halved(*args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+    output, weights = sdpa_attention_forward(*args, **kwargs)
+    return output / 2, weights
+
+
+@contextlib.contextmanager
+def _replaced(what: str, model: Any) -> Iterator[None]:
+    functions: Any = {"masks": ALL_MASK_ATTENTION_FUNCTIONS, "attention": ALL_ATTENTION_FUNCTIONS}.get(what)
+    if what == "class":
+        model.__class__ = PrefixLM
+        yield
+    elif what == "function":
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(modeling_llama, "create_causal_mask", _sees_all)
+            yield
+    else:
+        functions["sdpa"] = {"masks": _sees_all, "attention": _halved}[what]
+        try:
+            yield
+        finally:
+            del functions["sdpa"]  # the one that stands for all is there again
+
+
+@pytest.mark.fault(
+    "models",
+    "attention, its masks or the forward of the whole model are the user's own",
+    sees="`padding stays in batches: ...`, with the name of what is not Transformers'",
+    kept="LoRA's own loss and gradient",
+)
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("class", "the forward of PrefixLM is "),
+        ("function", r"test_packing\._sees_all makes its attention mask"),
+        ("masks", r"test_packing\._sees_all makes its attention mask"),
+        ("attention", "attn_implementation='sdpa' is not Transformers' own"),
+    ],
+)
+def test_attention_that_is_anothers_keeps_padding(what: str, said: str) -> None:
+    model, batch = model_of("llama").train(), ragged([11, 4, 7])
+    with _replaced(what, model.get_base_model()):
+        expected, exact = gradients(model, batch)
+        assert re.search(said, str(celora.attach(model, "exact")))
+        for _ in range(2):
+            found, gradient = gradients(model, batch)
+            assert found == pytest.approx(expected, rel=1e-6)
+            assert (gradient - exact).norm() < OF_GRADIENT * exact.norm()
+
+
+def test_a_mask_that_is_made_for_a_packed_batch_is_an_error() -> None:
+    model, batch = model_of("llama").train(), ragged([11, 4, 7])
+    celora.attach(model, "exact")
+
+    def sees_all(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        mask = torch.ones(3, 1, 11, 11, dtype=torch.bool)
+        return args, {**kwargs, "attention_mask": mask}
+
+    model.get_base_model().register_forward_pre_hook(sees_all, with_kwargs=True)  # after celora's own
+    with pytest.raises(CELoraError, match="an attention mask of its own for a packed batch"):
+        model(**batch)
 
 
 def test_flash_attention_gets_the_lengths_its_own_way() -> None:

@@ -314,12 +314,21 @@ def test_a_hook_on_the_decoder_after_the_first_step_is_seen() -> None:
     assert (found - exact).norm() < 1e-5 * exact.norm()
 
 
-def test_another_cross_entropy_in_torchs_place_is_the_models_own_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("later", [False, True])
+def test_another_cross_entropy_in_torchs_place_is_the_models_own_loss(
+    later: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, given = make_model().train(), batch()
+    if later:
+        celora.attach(model, "exact")
+        assert model(**given).logits is None
     smoothed = functools.partial(torch.nn.functional.cross_entropy, label_smoothing=0.3)
     monkeypatch.setattr(torch.nn.functional, "cross_entropy", smoothed)
-    loss, gradient = gradients(model, given)
-    celora.attach(model, "exact")
+    plain = copy.deepcopy(model)
+    celora.detach(plain)
+    loss, gradient = gradients(plain, given)
+    if not later:
+        celora.attach(model, "exact")
     with pytest.warns(UserWarning, match="has a loss of its own"):
         found, ours = gradients(model, given)
     assert found == pytest.approx(loss, rel=1e-6)
@@ -335,6 +344,34 @@ def test_a_model_that_ignores_the_number_of_items_is_seen() -> None:
     with pytest.warns(UserWarning, match="Plain has a loss of its own"):
         found, _ = gradients(model, given | {"num_items_in_batch": 7})
     assert found == pytest.approx(loss, rel=1e-6)
+
+
+class Before(LlamaForCausalLM):
+    """Scales what its head is given. The head has a bias, which is not scaled."""
+
+    def forward(self, input_ids: Tensor, labels: Tensor, logits_to_keep: Any = 0, **kwargs: Any) -> Any:
+        hidden = self.model(input_ids, attention_mask=kwargs.get("attention_mask"))[0]
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden[:, keep] * self.config.logits_scaling)
+        return CausalLMOutputWithPast(loss=self.loss_function(logits, labels, self.config.vocab_size), logits=logits)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.filterwarnings("ignore:.*its own loss is used.*")
+def test_a_bias_behind_scaled_hidden_states(bias: bool) -> None:
+    def make() -> nn.Module:
+        model = Before(LlamaConfig(**LLAMA, logits_scaling=0.25, tie_word_embeddings=False))
+        if bias:
+            model.lm_head.bias = nn.Parameter(torch.randn(64))
+        return model
+
+    model, given = adapted(make, torch.float32), batch()
+    loss, gradient = gradients(model, given)
+    celora.attach(model, "exact")
+    assert (model(**given).logits is None) == (not bias)
+    found, ours = gradients(model, given)
+    assert found == pytest.approx(loss, rel=1e-6)
+    assert (ours - gradient).norm() < 1e-5 * gradient.norm()
 
 
 class Plain(_Changed):

@@ -44,7 +44,7 @@ def implementation(config: Any) -> str | None:
 
 def may_replace(config: Any, device: torch.device) -> bool:
     """Whether our attention may compute a batch that is not packed: it has the last word on each call."""
-    return implementation(config) == "sdpa" and operations.available("attention", device)
+    return implementation(config) == "sdpa" and operations.available("attention", device) and plain()
 
 
 def is_attention(module: nn.Module) -> bool:
@@ -61,7 +61,8 @@ def plain() -> bool:
 
 
 def _sdpa() -> Any:
-    return AttentionInterface()["sdpa"]
+    functions = borrow("transformers.modeling_utils:ALL_ATTENTION_FUNCTIONS")  # models ask it; it may have its own
+    return (AttentionInterface() if functions is None else functions)["sdpa"]
 
 
 class Lookup(Hook):
@@ -149,6 +150,10 @@ def attention(
         raise CELoraError(
             f"{query.shape[2]} queries and {key.shape[2]} keys for {sum(celora_lengths)} packed tokens: something "
             "between the batch and the attention changed them. Attach with padding_free=False."
+        )
+    if isinstance(attention_mask, Tensor) and attention_mask.numel() > 1:
+        raise CELoraError(
+            "something made an attention mask of its own for a packed batch. Attach with padding_free=False."
         )
     if celora_lengths and tiles:
         packed: Tensor = _Tiled.apply(query, key, value, celora_lengths, scale, _saves_compactly(module))  # type: ignore[no-untyped-call]

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers.utils import ModelOutput
 
 from celora.errors import CELoraError, out_of_memory
@@ -260,7 +261,8 @@ def known_by(causal: Any, given: Mapping[str, Any]) -> Known:
     """Everything that decides how a model turns hidden states into a loss. If it changes, the model is probed again."""
     head = causal.get_output_embeddings()
     hooks = decoder_of(causal)._forward_hooks.values()  # one of them may change what the head gets
-    parts = (head, head.forward, causal.loss_function, type(causal).forward, vars(causal).get("forward"), *hooks)
+    own = vars(causal).get("forward")
+    parts = (head, head.forward, causal.loss_function, F.cross_entropy, type(causal).forward, own, *hooks)
     references = tuple(None if part is None else weakref.ref(getattr(part, "__func__", part)) for part in parts)
     arguments = {
         name: value if isinstance(value, str | int | float) else None
@@ -268,8 +270,8 @@ def known_by(causal: Any, given: Mapping[str, Any]) -> Known:
     }
     arguments["num_items_in_batch"] = given.get("num_items_in_batch") is not None
     told = tuple(settings(causal.config).items()), tuple(sorted(arguments.items()))
-    own = ((name, value) for name, value in vars(causal).items() if isinstance(value, int | float))
-    numbers = frozenset((name, value) for name, value in own if name != "training")
+    plain = ((name, value) for name, value in vars(causal).items() if isinstance(value, int | float))
+    numbers = frozenset((name, value) for name, value in plain if name != "training")
     if _of_transformers(causal):  # a probe shows what they change
         return Known((*references, head.weight.dtype, *told, numbers), frozenset())
     return Known((*references, head.weight.dtype, *told), numbers)

@@ -160,7 +160,7 @@ class FusedGraft(LayerGraft):
             name, known = self._known[0], self._known[1:]
             same = all(map(operator.is_, parts_of(module, name), known)) and module.active_adapters == [name]
             same = same and not module.disable_adapters and not module.merged and not any(map(touched, known))
-            same = same and len(module.lora_A) == self._adapters
+            same = same and len(module.lora_A) == self._adapters and isinstance(module.scaling[name], int | float)
             if same and not looked_at(module.get_base_layer()):
                 return made_of(*known, module.scaling[name])
             self.estimator.product.notice()  # an adapter that is added may change the weight in place, through `.data`

@@ -107,8 +107,10 @@ def not_ours(causal: PreTrainedModel) -> str:
         return f"{type(causal).__name__} has a Linear with hooks as its head"
     if is_split(head):
         return "its head is split by tensor parallelism"
-    if head.weight.requires_grad or not head.weight.is_floating_point():
+    if any(p.requires_grad for p in head.parameters()) or not head.weight.is_floating_point():
         return "its head is trained or quantised"
+    if name := _trained_beside(causal, head):
+        return f"{type(causal).__name__} trains its {name!r}, which may change logits or loss"
     if (by := replaced(causal)) and not is_fused_head(causal):
         return f"the forward of {type(causal).__name__} was replaced by {by}"
     if by := replaced(head):
@@ -117,6 +119,14 @@ def not_ours(causal: PreTrainedModel) -> str:
     if usual is None or causal.loss_function is not usual:
         return f"{type(causal).__name__} has a loss of its own"
     return ""
+
+
+def _trained_beside(causal: PreTrainedModel, head: nn.Module) -> str:
+    """The name of a part that trains beside decoder and head; '' if there is none. It may do nothing at first."""
+    known = (decoder_of(causal), head)
+    parts = {name: part.parameters() for name, part in causal.named_children() if part not in known}
+    parts |= {name: iter([own]) for name, own in causal.named_parameters(recurse=False)}
+    return next((name for name, found in parts.items() if any(p.requires_grad for p in found)), "")
 
 
 def _asks_for_the_loss(kind: type) -> bool:

@@ -8,6 +8,7 @@ same. Attention is computed sequence by sequence (`celora.modeling.attention`), 
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -15,11 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from celora.borrowed import borrow
 from celora.modeling import varlen
 from celora.modeling.attention import LENGTHS, implementation, packing_pays, plain
 from celora.modeling.compiled import is_compiled
 from celora.modeling.families import family_of
 from celora.modeling.onlookers import unknown_forward
+from celora.modeling.others import name_of
 from celora.numerics.select import grain
 
 _LEAST_SAVING = 0.05  # share of the tokens; below, varying shapes cost more than they save, unless attention gains
@@ -159,6 +162,11 @@ def cannot_pack(model: nn.Module, look: Callable[[nn.Module], str] = lambda modu
         return f"not with attn_implementation={name!r}"
     if name == "sdpa" and not plain():
         return "attn_implementation='sdpa' is not Transformers' own"
+    if by := other_masks(model):
+        return f"{by} makes its attention mask"
+    of_transformers = type(config).__module__.startswith("transformers.")  # its family was entered for their model
+    if of_transformers and (reason := unknown_forward(model)):
+        return reason.format(type(model).__name__)
     if getattr(config, "use_bidirectional_attention", None) or not getattr(config, "is_causal", True):
         return _SEE_LATER
     decoder: Any = model.base_model
@@ -167,6 +175,15 @@ def cannot_pack(model: nn.Module, look: Callable[[nn.Module], str] = lambda modu
             path = next(path for path, other in decoder.named_modules() if other is module)
             return reason.format(path or "the decoder")
     return ""
+
+
+def other_masks(model: Any) -> str:
+    """The name of what makes the model's attention mask, if it is not Transformers' own; else ''."""
+    used = getattr(inspect.unwrap(type(model.base_model).forward), "__globals__", {})
+    made_by = [used.get(name) for name in ("create_causal_mask", "create_sliding_window_causal_mask")]
+    functions = borrow("transformers.masking_utils:ALL_MASK_ATTENTION_FUNCTIONS") or {}
+    names = map(name_of, filter(None, (*made_by, functions.get(implementation(model.config)))))
+    return next((name for name in names if not name.startswith("transformers.")), "")
 
 
 _SEE_LATER = "its tokens attend to later ones"

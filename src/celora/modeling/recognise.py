@@ -103,6 +103,7 @@ class Probe:
         self._items, self._attributes, self._tokens = items, vars(causal), tokens
         self._before: _Form | None = None  # the scale of the hidden states before the head
         self._shown: Tensor | None = None
+        self._biased = causal.get_output_embeddings().bias is not None
         self._calls = 0
 
     def enter(self, causal: Any, hook: Callable[..., Any]) -> None:
@@ -167,6 +168,8 @@ class Probe:
         each = logits[:, :-1].float().flatten(0, 1).log_softmax(-1).gather(1, targets.clamp(min=0)[:, None])[:, 0]
         total = -each[targets != IGNORED].sum()
         expected = float(total.detach()) / float((targets != IGNORED).sum() if self._items is None else self._items)
+        if self._biased and self._before.scale != 1:
+            return "scales what its head, which has a bias, is given"
         if not isinstance(loss, Tensor) or abs(float(loss.detach()) - expected) > _LOSS_ROUNDING * abs(expected):
             return "has a loss of its own"
         return Logits(form.scale * self._before.scale, form.cap)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -43,6 +44,16 @@ def test_a_norm_is_tried_in_each_dtype() -> None:
         x = torch.randn(200, 32).to(dtype)
         assert (norm.to(dtype)(x) == norm.eval()(x)).float().mean() > (0.99 if dtype == torch.bfloat16 else 0.3)
         norm.train()
+
+
+def test_a_norm_whose_class_is_changed_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    norm = LlamaRMSNorm(32).requires_grad_(False).train()
+    Norm(Switch()).under(norm)
+    x = torch.randn(8, 32)
+    norm(x)
+    monkeypatch.setattr(LlamaRMSNorm, "forward", lambda self, x: 3 * x)
+    assert norm(x).equal(3 * x)
+    assert copy.deepcopy(norm)(x).equal(3 * x)
 
 
 def test_padding_of_zeros_tells_nothing_wrong() -> None:

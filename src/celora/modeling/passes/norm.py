@@ -21,6 +21,10 @@ class Norm(OwnForward):
     def __init__(self, switch: Switch) -> None:
         super().__init__(switch)
         self.tried: dict[torch.dtype, families.Norm | None] = {}
+        self._of: Any = None  # the class's forward that was tried
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "tried": {}, "_of": None}  # a function of the user's may not be copied
 
     def forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
         x = single(args, kwargs, "rms_norm")
@@ -43,6 +47,8 @@ class Norm(OwnForward):
             return None
         if weight.device != x.device or weight.shape != x.shape[-1:] or not weight.is_contiguous():
             return None
+        if self._of is not type(module).forward:
+            self._of, self.tried = type(module).forward, {}
         if x.dtype not in self.tried:
             self.tried[x.dtype] = recognise(module)
         return self.tried[x.dtype]
