@@ -335,6 +335,14 @@ def test_another_cross_entropy_in_torchs_place_is_the_models_own_loss(
     assert (ours - gradient).norm() < 1e-5 * gradient.norm()
 
 
+@pytest.mark.parametrize("items", [0, torch.tensor(0)])
+def test_a_batch_of_no_items_has_an_infinite_loss(items: Any) -> None:
+    model, given = make_model().train(), batch()
+    celora.attach(model, "exact")
+    for _ in range(2):
+        assert model(**given, num_items_in_batch=items).loss.item() == float("inf")
+
+
 def test_a_model_that_ignores_the_number_of_items_is_seen() -> None:
     """Trainer divides by this number under accumulation. Its first call may have none."""
     model, given = adapted(lambda: Plain(LlamaConfig(**LLAMA)), torch.float32), batch()
