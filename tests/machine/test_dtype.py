@@ -58,9 +58,15 @@ def settled(inputs: dict[str, str], earlier: dict[str, Any] | None = None, **mor
         (torch.bfloat16, 1.4, 100, "bfloat16", "as the checkpoint is, and bfloat16 products take 1.4 times as long"),
         (torch.bfloat16, 16, 100, "float32", "bfloat16 products take 16 times as long as float32's here; --dtype"),
         (torch.bfloat16, 16, None, "float32", "bfloat16 products take 16 times as long"),  # the free memory is unknown
-        (torch.bfloat16, 16, 10, "bfloat16", "float32 would need 8.0 GiB of the 10.0 GiB that are free; bfloat16 pro"),
+        (
+            torch.bfloat16,
+            16,
+            10,
+            "bfloat16",
+            "float32 would need 8.00 GiB of the 10.00 GiB that are free; bfloat16 pro",
+        ),
         (torch.float16, 0.5, 100, "float32", "the checkpoint's float16 loses small gradients; --dtype bfloat16 takes"),
-        (torch.float16, 16, 10, "bfloat16", "8.0 GiB of the 10.0 GiB that are free; float16 loses small gradients"),
+        (torch.float16, 16, 10, "bfloat16", "8.00 GiB of the 10.00 GiB that are free; float16 loses small gradients"),
     ],
 )
 def test_what_is_chosen_for_a_checkpoint_of_half_precision(

@@ -23,6 +23,7 @@ from transformers import (
     XLNetConfig,
     XLNetLMHeadModel,
 )
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import celora
 from celora.modeling.language_model import find_language_model, pretrained
@@ -40,12 +41,10 @@ CHANGES = pytest.mark.parametrize(
     [
         (lambda m: m.base_model.model.lm_head.weight.requires_grad_(), "head is trained"),
         (lambda m: _bias(m.base_model.model.lm_head).requires_grad_(), "head is trained"),
-        (lambda m: setattr(m.base_model.model, "extra", nn.Linear(2, 2)), "trains its 'extra'"),
-        (lambda m: setattr(m.base_model.model, "heat", nn.Parameter(torch.zeros(()))), "trains its 'heat'"),
         (lambda m: setattr(m.base_model.model, "loss_function", lambda **_: torch.zeros(())), "loss of its own"),
         (lambda m: m.base_model.model.lm_head.register_forward_hook(lambda *_: None), "as its head"),
     ],
-    ids=["trained", "bias", "part", "parameter", "loss", "hooked"],
+    ids=["trained", "bias", "loss", "hooked"],
 )
 
 
@@ -223,6 +222,42 @@ class Raised(LlamaForCausalLM):
         if output.loss is not None:
             output["loss"] = output.loss + self.weight * output.logits.logsumexp(-1).square().mean()
         return output
+
+
+class More(LlamaForCausalLM):
+    """Adds to the hidden states and to the logits; both are nothing at first, and are trained."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        self.extra = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.heat = nn.Parameter(torch.zeros(()))
+        nn.init.zeros_(self.extra.weight)
+
+    def forward(self, input_ids: Tensor, labels: Tensor, logits_to_keep: Any = 0, **kwargs: Any) -> Any:
+        hidden = self.model(input_ids, attention_mask=kwargs.get("attention_mask"))[0]
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head((hidden + self.extra(hidden))[:, keep]) * self.heat.exp()
+        return CausalLMOutputWithPast(loss=self.loss_function(logits, labels, self.config.vocab_size), logits=logits)
+
+
+@pytest.mark.parametrize("name", ["extra", "heat"])
+def test_a_part_that_trains_beside_the_head_gets_its_gradient(name: str) -> None:
+    torch.manual_seed(0)
+    base = More(LlamaConfig(**SMALL, intermediate_size=48))
+    model, batch = get_peft_model(base, LoraConfig(target_modules=["q_proj", "v_proj"])).train(), masked_batch()
+    for part in getattr(base, name).parameters() if name == "extra" else [base.heat]:
+        part.requires_grad_()
+    report = celora.attach(model, "exact")
+    assert f"More trains its {name!r}, which may change logits or loss" in str(report)
+    model(**batch).loss.backward()
+    assert (base.extra.weight if name == "extra" else base.heat).grad.norm() > 0
+
+
+def test_a_part_that_the_models_forward_does_not_use_may_train() -> None:
+    model = make_model().train()
+    model.get_base_model().value_head = nn.Linear(2, 2)
+    celora.attach(model, "exact")
+    assert model(**masked_batch()).logits is None
 
 
 def test_a_term_that_is_zero_at_first() -> None:

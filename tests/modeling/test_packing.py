@@ -248,6 +248,12 @@ def test_attention_that_is_anothers_keeps_padding(what: str, said: str) -> None:
             assert (gradient - exact).norm() < OF_GRADIENT * exact.norm()
 
 
+def test_masks_that_torch_compiles_are_still_transformers_own() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(modeling_llama, "create_causal_mask", torch.compiler.disable(modeling_llama.create_causal_mask))
+        assert packing.cannot_pack(model_of("llama").get_base_model()) == ""
+
+
 def test_a_mask_that_is_made_for_a_packed_batch_is_an_error() -> None:
     model, batch = model_of("llama").train(), ragged([11, 4, 7])
     celora.attach(model, "exact")

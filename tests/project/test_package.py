@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -51,6 +52,18 @@ def compiler(tmp_path: Path) -> str:
     (tmp_path / "cc").write_text(f'#!/bin/sh\nexec "{works}" "$@" -O0\n')
     (tmp_path / "cc").chmod(0o755)
     return str(tmp_path / "cc")
+
+
+def test_the_source_distribution_is_the_repository(tmp_path: Path) -> None:
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
+    if not tracked:
+        pytest.skip("this is no repository")
+    _run(sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", tmp_path, ".")
+    (file,) = tmp_path.iterdir()
+    with tarfile.open(file) as packed:
+        names = {name.partition("/")[2] for name in packed.getnames()}
+    assert set(tracked) - names == set()
+    assert {name.partition("/")[0] for name in names - {"", "PKG-INFO"}} <= {name.partition("/")[0] for name in tracked}
 
 
 def test_the_wheel_installs_elsewhere_and_contains_everything(compiler: str, tmp_path: Path) -> None:

@@ -134,8 +134,9 @@ def test_a_stand_in_has_few_words_and_the_layers_of_its_beginning():
     assert (small.num_hidden_layers, small.vocab_size, small.pad_token_id) == (2, 8192, None)
     assert small.layer_types == config.layer_types[:2]
     assert config.num_hidden_layers == 8
-    with pytest.raises(CELoraError, match="models of type 'gemma3' have other parts than text"):
-        stand_in_config(Gemma3Config(), 2)
+    for blocks in (2, None):  # where the outer configuration has no number of blocks, too
+        with pytest.raises(CELoraError, match="models of type 'gemma3' have other parts than text"):
+            outline(Gemma3Config(), blocks)
 
 
 def test_the_widest_matrix_tells_the_width_of_an_mlp_that_is_not_configured():

@@ -175,15 +175,22 @@ def test_of_many_rows_a_sample_is_tokenised(ask, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("names", "said"),
     [
-        ("v_porj", "did you mean 'v_proj'"),
-        ("layers.1.mlp.up_proj", "lora_target_modules='layers.1.mlp.up_proj': every block counts alike here"),
+        (["q_proj", "v_porj"], "did you mean 'v_proj'"),
+        (["q_proj", "layers.1.mlp.up_proj"], "lora_target_modules='q_proj layers.1.mlp.up_proj' takes other layers"),
+        (["1.mlp.up_proj"], "count all blocks alike; leave out numbers of blocks"),
+        ([r".*layers\.0\.mlp\.up_proj"], "count all blocks alike"),
     ],
 )
-def test_targets_that_cannot_be_estimated_are_named(ask, name, said):
+def test_targets_that_cannot_be_estimated_are_named(ask, names, said):
     with pytest.raises(CELoraError, match=said):
-        ask(lora_target_modules=["q_proj", name])
+        ask(lora_target_modules=names)
+
+
+def test_targets_of_all_blocks_are_estimated(ask):
+    for names in (["q_proj"], ["mlp.up_proj"], [r".*\.(q|v)_proj"], ["all-linear"]):
+        assert ask(lora_target_modules=names, preset="exact", dtype="float32").ways
 
 
 @pytest.mark.parametrize(

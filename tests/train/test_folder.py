@@ -135,7 +135,7 @@ def test_a_killed_overwrite_gives_the_earlier_run_back(folder, moves, monkeypatc
     sees="`--resume` finds the new run",
     kept="the new run, whole",
 )
-@pytest.mark.parametrize("removed", range(5))
+@pytest.mark.parametrize("removed", range(4))
 def test_a_killed_overwrite_does_not_mix_two_runs(folder, removed, monkeypatch):
     """The order is that of `clear`, which a file system may list in any order."""
     (folder.path / "adapter_config.json").write_text("earlier")
@@ -162,15 +162,19 @@ def test_a_killed_overwrite_does_not_mix_two_runs(folder, removed, monkeypatch):
     assert folder.resumable()["run"] == "new"
 
 
-def test_an_earlier_run_that_cannot_be_removed_stays(folder, monkeypatch):
+def test_a_part_of_an_earlier_run_that_cannot_be_removed_stays(folder, monkeypatch):
+    (folder.path / "README.md").write_text("earlier")
     folder.set_aside()
     write_json(folder.path / RUN, {"celora": "0", "run": "new"})
 
-    def busy(path):
-        raise OSError("busy")
+    def one_is_busy(path):
+        if path.name == "metrics.jsonl":
+            raise OSError("busy")
+        clear(path)
 
-    patch_all(monkeypatch, "celora.train.output.folder:clear", busy)
+    patch_all(monkeypatch, "celora.train.output.folder:clear", one_is_busy)
     folder.forget_earlier()
+    assert sorted(entry.name for entry in (folder.path / ".replaced").iterdir()) == ["metrics.jsonl", RUN]
     assert folder.resumable()["run"] == "new"
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from celora.errors import CELoraError
 from celora.train.formats.gguf_base import converted
 from celora.train.formats.gguf_config import gguf_config
 from celora.train.formats.gguf_file import read_header
@@ -98,8 +99,40 @@ def test_other_rotations_are_read(kind, scaling, tmp_path):
     torch.testing.assert_close(logits(found), logits(model), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("key", ["rope.scaling.factor", "rope.scale_linear"])
-def test_a_factor_without_a_kind_is_linear(key, tmp_path):
-    model = base_of(rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 10_000.0})
-    path = write_model(tmp_path / "model.gguf", model, more=lambda writer: writer.add_float32(f"llama.{key}", 4.0))
-    assert gguf_config(read_header(path)).rope_parameters == model.config.rope_parameters
+@pytest.mark.parametrize(
+    ("said", "factor"),
+    [
+        ({"rope.scaling.factor": 4.0}, 4.0),
+        ({"rope.scale_linear": 4.0}, 4.0),  # an older name
+        ({"rope.scaling.factor": 2.0, "rope.scale_linear": 4.0}, 2.0),
+        ({"rope.scaling.factor": 0.0, "rope.scale_linear": 4.0}, None),
+        ({"rope.scaling.type": "none", "rope.scaling.factor": 4.0}, None),
+        ({"rope.scaling.type": "linear"}, 1.0),
+    ],
+)
+def test_a_scale_is_read_as_llama_cpp_does(said, factor, tmp_path):
+    def more(writer):
+        for key, value in said.items():
+            add = writer.add_string if isinstance(value, str) else writer.add_float32
+            add(f"llama.{key}", value)
+
+    found = gguf_config(read_header(write_model(tmp_path / "model.gguf", base_of(), more=more))).rope_parameters
+    assert (found["rope_type"], found.get("factor")) == ("default" if factor is None else "linear", factor)
+
+
+def test_a_yarn_without_its_first_length_has_that_of_the_model(tmp_path):
+    def more(writer):
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(4.0)
+
+    found = gguf_config(read_header(write_model(tmp_path / "model.gguf", base_of(), more=more)))
+    assert found.rope_parameters["original_max_position_embeddings"] == found.max_position_embeddings
+
+
+@pytest.mark.parametrize("key", ["attn_factor", "yarn_beta_fast"])
+def test_what_scales_a_rotation_further_is_refused(key, tmp_path):
+    def more(writer):
+        writer.add_float32(f"llama.rope.scaling.{key}", 2.0)
+
+    with pytest.raises(CELoraError, match=rf"says 2.0 under llama.rope.scaling.{key}; expected (1|32)"):
+        gguf_config(read_header(write_model(tmp_path / "model.gguf", base_of(), more=more)))

@@ -3,7 +3,7 @@
 import pytest
 
 from celora.errors import CELoraError
-from celora.train.forecast.units import duration, gib, in_bytes
+from celora.train.units import duration, gib, in_bytes
 
 
 @pytest.mark.parametrize(

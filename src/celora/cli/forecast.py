@@ -73,7 +73,7 @@ def estimate(
     request = parse(context.args, own | {"memory": memory, "output": "celora-estimate", "quiet": quiet})
     from celora.machine.timing import disturbed
     from celora.train.forecast.estimate import estimate as find
-    from celora.train.forecast.units import in_bytes
+    from celora.train.units import in_bytes
 
     settle_in()
     limit = request.options.memory

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -21,7 +20,7 @@ from celora.machine.device import random_states
 from celora.machine.processes import gathers
 from celora.modeling import packing
 from celora.modeling.attention import names_ours, use_ours, use_sdpa
-from celora.modeling.language_model import decoder_of
+from celora.modeling.language_model import decoder_of, of_transformers
 from celora.modeling.onlookers import may_look_at_shapes
 from celora.modeling.recognise import IGNORED, Probe, settings
 from celora.numerics.head import TokenScores
@@ -211,7 +210,7 @@ def unknown_tensor(causal: Any, given: Mapping[str, Any]) -> str:
     A plain value is a part of what is known of the model. Tensors and lists may change in each call.
     """
     several = (name for name, value in unknown_arguments(given).items() if not isinstance(value, str | int | float))
-    return "" if _of_transformers(causal) else next(several, "")
+    return "" if of_transformers(causal) else next(several, "")
 
 
 def takes(causal: Any, given: Mapping[str, Any]) -> bool:
@@ -219,7 +218,7 @@ def takes(causal: Any, given: Mapping[str, Any]) -> bool:
 
     Processes that gather its weights cannot try it, because some may fail.
     """
-    if _of_transformers(causal):
+    if of_transformers(causal):
         return True
     if gathers(causal):
         return False
@@ -263,7 +262,7 @@ def known_by(causal: Any, given: Mapping[str, Any]) -> Known:
     hooks = decoder_of(causal)._forward_hooks.values()  # one of them may change what the head gets
     own = vars(causal).get("forward")
     parts = (head, head.forward, causal.loss_function, F.cross_entropy, type(causal).forward, own, *hooks)
-    references = tuple(None if part is None else weakref.ref(getattr(part, "__func__", part)) for part in parts)
+    references = tuple(None if part is None else _reference(getattr(part, "__func__", part)) for part in parts)
     arguments = {
         name: value if isinstance(value, str | int | float) else None
         for name, value in unknown_arguments(given).items()
@@ -272,14 +271,17 @@ def known_by(causal: Any, given: Mapping[str, Any]) -> Known:
     told = tuple(settings(causal.config).items()), tuple(sorted(arguments.items()))
     plain = ((name, value) for name, value in vars(causal).items() if isinstance(value, int | float))
     numbers = frozenset((name, value) for name, value in plain if name != "training")
-    if _of_transformers(causal):  # a probe shows what they change
+    if of_transformers(causal):  # a probe shows what they change
         return Known((*references, head.weight.dtype, *told, numbers), frozenset())
     return Known((*references, head.weight.dtype, *told), numbers)
 
 
-def _of_transformers(causal: Any) -> bool:
-    module: str = inspect.unwrap(type(causal).forward).__module__
-    return module.partition(".")[0] == "transformers"
+def _reference(part: Any) -> Any:
+    """A weak reference; the object itself where it has none, as an object with slots."""
+    try:
+        return weakref.ref(part)
+    except TypeError:
+        return part
 
 
 def fit(labels: Tensor, given: Mapping[str, Any]) -> bool:

@@ -121,12 +121,23 @@ def not_ours(causal: PreTrainedModel) -> str:
     return ""
 
 
+def of_transformers(causal: Any) -> bool:
+    """Whether the forward of this model's class is one of Transformers."""
+    module: str = inspect.unwrap(type(causal).forward).__module__
+    return module.partition(".")[0] == "transformers"
+
+
 def _trained_beside(causal: PreTrainedModel, head: nn.Module) -> str:
-    """The name of a part that trains beside decoder and head; '' if there is none. It may do nothing at first."""
+    """The name of a part that trains beside decoder and head, and that its forward may use; '' if there is none.
+
+    A first call need not show what the part does: it may begin at zero.
+    """
     known = (decoder_of(causal), head)
     parts = {name: part.parameters() for name, part in causal.named_children() if part not in known}
     parts |= {name: iter([own]) for name, own in causal.named_parameters(recurse=False)}
-    return next((name for name, found in parts.items() if any(p.requires_grad for p in found)), "")
+    trained = (name for name, found in parts.items() if any(p.requires_grad for p in found))
+    used = inspect.unwrap(type(causal).forward).__code__.co_names if of_transformers(causal) else None
+    return next((name for name in trained if used is None or name in used), "")
 
 
 def _asks_for_the_loss(kind: type) -> bool:

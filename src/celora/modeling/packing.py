@@ -164,8 +164,8 @@ def cannot_pack(model: nn.Module, look: Callable[[nn.Module], str] = lambda modu
         return "attn_implementation='sdpa' is not Transformers' own"
     if by := other_masks(model):
         return f"{by} makes its attention mask"
-    of_transformers = type(config).__module__.startswith("transformers.")  # its family was entered for their model
-    if of_transformers and (reason := unknown_forward(model)):
+    # A family that Transformers does not have was entered for a model of one's own, with its forward.
+    if type(config).__module__.startswith("transformers.") and (reason := unknown_forward(model)):
         return reason.format(type(model).__name__)
     if getattr(config, "use_bidirectional_attention", None) or not getattr(config, "is_causal", True):
         return _SEE_LATER
@@ -182,7 +182,8 @@ def other_masks(model: Any) -> str:
     used = getattr(inspect.unwrap(type(model.base_model).forward), "__globals__", {})
     made_by = [used.get(name) for name in ("create_causal_mask", "create_sliding_window_causal_mask")]
     functions = borrow("transformers.masking_utils:ALL_MASK_ATTENTION_FUNCTIONS") or {}
-    names = map(name_of, filter(None, (*made_by, functions.get(implementation(model.config)))))
+    found = filter(None, (*made_by, functions.get(implementation(model.config))))
+    names = (name_of(getattr(function, "_torchdynamo_orig_callable", function)) for function in found)
     return next((name for name in names if not name.startswith("transformers.")), "")
 
 

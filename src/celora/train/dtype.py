@@ -20,6 +20,7 @@ from celora.modeling.int8_base import frozen_linears
 from celora.train.loading import read_config
 from celora.train.processes import is_first
 from celora.train.request.arguments import TrainRequest
+from celora.train.units import gib
 
 _ROOM = 0.7  # share of the free memory for the weights; a step needs the rest
 
@@ -70,7 +71,7 @@ def for_device(own: torch.dtype, device: torch.device, float32_bytes: int) -> tu
         return "bfloat16", f"as the checkpoint is, and {speed}"
     free = available_memory(device)
     if free is not None and float32_bytes > _ROOM * free:
-        need = f"float32 would need {_gib(float32_bytes)} of the {_gib(free)} that are free"
+        need = f"float32 would need {gib(float32_bytes)} of the {gib(free)} that are free"
         return "bfloat16", f"{need}; {speed if own == torch.bfloat16 else 'float16 loses small gradients'}"
     if own == torch.bfloat16:
         return "float32", f"{speed}; --dtype bfloat16 takes half the memory"
@@ -89,7 +90,3 @@ def _float32_bytes(config: Any, base: str | None) -> int:
         return 4 * numbers
     in_bytes = sum(int(model.get_submodule(name).weight.numel()) for name in frozen_linears(model))
     return 4 * (numbers - in_bytes) + in_bytes
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.1f} GiB"

@@ -21,6 +21,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
 from rich.console import Console
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -90,12 +92,12 @@ class Cost:
     head_in_8_bits: bool
 
 
-def stand_in_config(config: Any, blocks: int) -> Any:
-    """The configuration with so many blocks, and few words."""
+def stand_in_config(config: Any, blocks: int | None) -> Any:
+    """The configuration with so many blocks, or with all (None), and few words."""
     small = copy.deepcopy(config)
     if small.get_text_config() is not small:
         raise CELoraError(f"models of type {config.model_type!r} have other parts than text, which are not estimated")
-    words = min(WORDS, small.vocab_size)
+    words, blocks = min(WORDS, small.vocab_size), small.num_hidden_layers if blocks is None else blocks
     small.num_hidden_layers, small.vocab_size = blocks, words
     for name in ("layer_types", "no_rope_layers"):
         if getattr(small, name, None) is not None:
@@ -114,9 +116,19 @@ def how_many_blocks(config: Any) -> int:
     return min(int(config.num_hidden_layers), max(2, min(4, _MOST_BYTES // max(1, bytes_))))
 
 
-def outline(config: Any, blocks: int = 1) -> Any:
-    """A stand-in of so many blocks without numbers."""
+def outline(config: Any, blocks: int | None = 1) -> Any:
+    """A stand-in of so many blocks, or of all, without numbers."""
     return stand_in(config, blocks, torch.float32, None, torch.device("meta"))
+
+
+def are_alike(model: nn.Module, lora: LoraConfig) -> bool:
+    """Whether LoRA's targets are the same layers in all blocks of a model that have them."""
+    blocks, taken = _blocks(model), dict[str, set[bool]]()
+    (path,) = (name for name, module in model.named_modules() if module is blocks)
+    for i, block in enumerate(blocks):
+        for name, _ in block.named_modules():
+            taken.setdefault(name, set()).add(bool(check_target_module_exists(lora, f"{path}.{i}.{name}")))
+    return all(len(found) == 1 for found in taken.values())
 
 
 def mlp_width(model: Any) -> int:
@@ -133,7 +145,7 @@ def block_numbers(model: nn.Module) -> int:
 
 
 def stand_in(
-    config: Any, blocks: int, dtype: torch.dtype, attention: str | None, device: torch.device | None = None
+    config: Any, blocks: int | None, dtype: torch.dtype, attention: str | None, device: torch.device | None = None
 ) -> Any:
     """A model of random weights with so many blocks, on the CPU unless told otherwise.
 

@@ -10,7 +10,6 @@ import copy
 import gc
 import json
 import math
-import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,6 +33,7 @@ from celora.train.forecast.blocks import (
     WORDS,
     Build,
     Cost,
+    are_alike,
     block_numbers,
     count,
     measure,
@@ -42,7 +42,6 @@ from celora.train.forecast.blocks import (
     stand_in,
 )
 from celora.train.forecast.peaks import GPUS, USABLE, usable
-from celora.train.forecast.units import duration, gib, in_bytes
 from celora.train.forecast.ways import QUALITY, Model, Rows, Way, best, ways_of
 from celora.train.loading import (
     check_model_folder,
@@ -61,6 +60,7 @@ from celora.train.request.arguments import PLANNING, TrainRequest, make_request,
 from celora.train.rows.answers import learnt_tokens
 from celora.train.rows.truncation import row_lengths, truncation_lines
 from celora.train.trainer import build_trainer, check_tokens
+from celora.train.units import duration, gib, in_bytes
 from celora.weights.checkpoint import stored_itemsize
 
 PRESETS = ("auto", "exact", "fast")
@@ -272,10 +272,13 @@ def _settings(request: TrainRequest) -> Iterator[tuple[str, int]]:
 
 def _check_targets(request: TrainRequest, config: Any) -> None:
     """Raise CELoraError for targets that the model does not have, and for those of single blocks: all count alike."""
-    for target in request.lora["lora_target_modules"] or ():
-        if re.search(r"\b(layers?|blocks?|h)\.\d", target):
-            raise CELoraError(f"lora_target_modules={target!r}: every block counts alike here; leave out its number")
-    check_modules(request, outline(config, int(config.num_hidden_layers)))
+    whole, targets = outline(config, None), request.lora["lora_target_modules"]
+    check_modules(request, whole)
+    if targets and not are_alike(whole, lora_config(request)):
+        raise CELoraError(
+            f"lora_target_modules={' '.join(targets)!r} takes other layers in some blocks than in others, and celora "
+            "estimate and --memory count all blocks alike; leave out numbers of blocks"
+        )
 
 
 def _rows(everything: Any, config: Any, build: Callable[[Any, Any], Any]) -> tuple[Rows, Any, str]:

@@ -24,6 +24,10 @@ KINDS = {row.name: kind for kind, row in reversed(ARCHITECTURES.items())}
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 _MOST = 2**31 - 1
 _LOW, _HIGH, _ORIGINAL = 1.0, 4.0, 8192  # of Llama 3's rotation, in all of its versions
+_ROTATION = {  # what scales a rotation further in llama.cpp, and its value that Transformers has
+    "attn_factor": 1.0, "yarn_ext_factor": 1.0, "yarn_attn_factor": 1.0, "yarn_beta_fast": 32.0, "yarn_beta_slow": 1.0,
+    "yarn_log_multiplier": 0.0,
+}  # fmt: skip
 _LARGEST = {"gemma2": 46, "gemma3_text": 62}  # blocks of the 27B, which scales its scores by another width
 
 
@@ -122,8 +126,9 @@ def gguf_config(header: GGUFHeader) -> Any:
 
 def _rotation(read: _Metadata, kind: str, rotated: int, head_dim: int) -> dict[str, Any]:
     """`rope_parameters`."""
-    factor = next((key for key in ("rope.scaling.factor", "rope.scale_linear") if read.get(key)), None)  # older: last
-    scaling = read.get("rope.scaling.type") or ("linear" if factor else "none")  # as llama.cpp does
+    key = "rope.scaling.factor" if read.get("rope.scaling.factor") is not None else "rope.scale_linear"  # the older one
+    factor = read.real(key) if read.get(key) else 1.0
+    scaling = read.get("rope.scaling.type") or ("none" if factor == 1 else "linear")  # all this as llama.cpp does
     found: dict[str, Any] = {"rope_type": "default", "rope_theta": read.real("rope.freq_base", 10_000.0)}
     if kind == "phi3":
         found["partial_rotary_factor"] = rotated / head_dim
@@ -132,14 +137,18 @@ def _rotation(read: _Metadata, kind: str, rotated: int, head_dim: int) -> dict[s
             found |= {"rope_type": "longrope", "long_factor": long, "short_factor": short}
             found["original_max_position_embeddings"] = read.count("rope.scaling.original_context_length")
         elif scaling != "none":
-            raise read.wrong("rope.scaling.type", scaling, "none, or the tensor rope_factors_long.weight")
+            raise read.refused(f"scales its rotation ({scaling}) without the tensor rope_factors_long.weight")
         return found
+    for name, usual in _ROTATION.items():
+        if (value := read.get(f"rope.scaling.{name}")) not in (None, usual):
+            raise read.wrong(f"rope.scaling.{name}", value, f"{usual:g}")
     if read.has(ROPE_TENSORS[1]):
         raise read.refused("has rotary factors that depend on the length of a text")
     if scaling in ("linear", "yarn"):
-        found |= {"rope_type": scaling, "factor": read.real(factor or "rope.scaling.factor")}
+        found |= {"rope_type": scaling, "factor": factor}
         if scaling == "yarn":
-            found["original_max_position_embeddings"] = read.count("rope.scaling.original_context_length")
+            trained_with = read.count("rope.scaling.original_context_length", read.count("context_length"))
+            found["original_max_position_embeddings"] = trained_with
     elif scaling != "none":
         raise read.wrong("rope.scaling.type", scaling, "none, linear or yarn")
     if read.has(ROPE_TENSORS[0]):

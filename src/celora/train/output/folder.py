@@ -289,9 +289,19 @@ def _ours(folder: Path) -> list[Path]:
 
 
 def _remove(aside: Path) -> None:
-    """Remove a run that was set aside, `run.json` last: without it, `recover` takes the rest for the folder's own."""
-    for entry in sorted(aside.glob("*"), key=lambda entry: entry.name == RUN):
-        clear(entry)
+    """Remove a run that was set aside, `run.json` last: without it, `recover` takes the rest for the folder's own.
+
+    Raises:
+        OSError: of the first entry that cannot be removed. The others are.
+    """
+    stay: list[OSError] = []
+    for entry in (entry for entry in aside.glob("*") if entry.name != RUN):
+        try:
+            clear(entry)
+        except OSError as error:
+            stay.append(error)
+    if stay:
+        raise stay[0]
     clear(aside)
 
 
