@@ -40,6 +40,28 @@ def _such_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     patch_all(monkeypatch, "celora.machine.cpu:wider_than_mkl", lambda: True)
 
 
+def test_a_shallow_copy_with_another_weight_computes_with_it() -> None:
+    """Quantisers replace layers so. The old layer may be gone, or still be used."""
+    for keeps in (False, True):
+        model = make_model().train()
+        celora.attach(model, "exact")
+        gradients(model)
+        tuner = model.base_model.model.model.layers[1].mlp.up_proj
+        old, tuner.base_layer = tuner.base_layer, copy.copy(tuner.base_layer)
+        tuner.base_layer._parameters = {**old._parameters, "weight": nn.Parameter(2 * old.weight, requires_grad=False)}
+        before = old if keeps else None
+        del old
+        found = gradients(model)
+        ones = torch.ones(1, tuner.in_features)
+        if before is not None:
+            torch.testing.assert_close(before(ones), nn.functional.linear(ones, before.weight))
+        again = gradients(model)
+        celora.detach(model)
+        expected = gradients(model)
+        same(found, expected)
+        same(again, expected)
+
+
 def products(call: Callable[[], object], *, wider_than: int = 0) -> int:
     """How many products oneDNN computes in this call, of operands with all sides larger than this."""
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as seen:

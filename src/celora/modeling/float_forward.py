@@ -6,6 +6,7 @@ the layer trains: what it gives in evaluation and generation has the bits that i
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -31,6 +32,15 @@ class FloatForward(OwnForward):
     def __init__(self, graft: LayerGraft) -> None:
         super().__init__(graft.switch)
         self.graft = graft
+
+    def under(self, module: nn.Module) -> None:
+        super().under(module)
+        module.register_forward_pre_hook(self.called)
+
+    def called(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """A forward pre-hook. A shallow copy, to which quantisers give another weight, has this forward, too."""
+        if not torch.compiler.is_compiling():
+            self._module = weakref.ref(module)
 
     def forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
         x = args[0] if len(args) == 1 and not kwargs else None

@@ -80,6 +80,8 @@ def pack(
     compiled = ours and is_compiled(decoder)
     if compiled and not varlen.compiles(config, device, _dtype(model)):
         return None
+    if any(is_compiled(module) for module in _inside(decoder) if module is not decoder):
+        return None  # each shape is another graph, and older torch does not see there which attention is named
     if total > (1 - _LEAST_SAVING) * rows * columns and not (
         ours and packing_pays(_dtype(model), device, masked=bool(masked))
     ):

@@ -54,7 +54,7 @@ def tampered(module: nn.Module, hook: object = None) -> str:
         return "this version of torch does not tell which hooks it has"
     for others in (before, *everywhere):
         for other in others.values() if others else ():
-            if not _lets_through(other):
+            if not is_ours(other) and not _lets_through(other):
                 return f"it has a forward hook of another's ({_name(other)})"
     for other in after.values() if hook is not None else ():
         if other is hook:
