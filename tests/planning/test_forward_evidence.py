@@ -336,3 +336,4 @@ def test_times_inside_whole_passes_include_planned_forwards(
     gc.collect()
     assert max(grafts) == most
     assert all("forward" not in layer.base.__dict__ for layer in layers.values())
+    assert not any(layer.base._forward_pre_hooks for layer in layers.values())

@@ -37,6 +37,13 @@ class FloatForward(OwnForward):
         super().under(module)
         module.register_forward_pre_hook(self.called)
 
+    def leave(self, module: nn.Module) -> None:
+        """Undo `under`, and leave celora's other hooks there."""
+        del module.__dict__["forward"]
+        hooks = module._forward_pre_hooks
+        for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is self]:
+            del hooks[key]
+
     def called(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """A forward pre-hook. A shallow copy, to which quantisers give another weight, has this forward, too."""
         if not torch.compiler.is_compiling():

@@ -278,7 +278,7 @@ def grafted_with(
             if layer.tuner is not None and (own := forward(grafts[name])) is not None:
                 forwards[name] = own
                 own.between(layer.tuner, layer.base)
-                undo.callback(layer.base.__dict__.pop, "forward")
+                undo.callback(own.leave, layer.base)
         yield grafts, forwards
 
 
