@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import signal
@@ -37,6 +38,18 @@ def checkpoint(folder, step, *, resumable=True):
 
 def names(folder):
     return sorted(entry.name for entry in folder.path.iterdir())
+
+
+def killed_after(times, act):
+    """`act`, until it has been called so often: the next call ends the process."""
+    done = itertools.count()
+
+    def call(*arguments):
+        if next(done) == times:
+            raise KeyboardInterrupt
+        return act(*arguments)
+
+    return call
 
 
 HOLD = (
@@ -102,17 +115,8 @@ def test_processes_of_one_run_share_its_lock(folder, monkeypatch):
 def test_a_killed_overwrite_gives_the_earlier_run_back(folder, moves, monkeypatch):
     checkpoint(folder, 3)
     before = names(folder)
-    rename, done = type(folder.path).rename, 0
-
-    def until_killed(self, target):
-        nonlocal done
-        if done == moves:
-            raise KeyboardInterrupt
-        done += 1
-        return rename(self, target)
-
     with monkeypatch.context() as patch:
-        patch.setattr(type(folder.path), "rename", until_killed)
+        patch.setattr(type(folder.path), "rename", killed_after(moves, type(folder.path).rename))
         with pytest.raises(KeyboardInterrupt):
             folder.set_aside()
     assert folder.resumable()["run"] == "earlier"
@@ -143,17 +147,8 @@ def test_a_killed_overwrite_does_not_mix_two_runs(folder, removed, monkeypatch):
     folder.set_aside()
     write_json(folder.path / RUN, {"celora": "0", "run": "new"})
     after = names(folder)
-    done = 0
-
-    def until_killed(path):
-        nonlocal done
-        if done == removed:
-            raise KeyboardInterrupt
-        done += 1
-        clear(path)
-
     with monkeypatch.context() as patch:
-        patch_all(patch, "celora.train.output.folder:clear", until_killed)
+        patch_all(patch, "celora.train.output.folder:clear", killed_after(removed, clear))
         with pytest.raises(KeyboardInterrupt):
             folder.forget_earlier()
     assert folder.resumable()["run"] == "new"
