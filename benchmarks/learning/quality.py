@@ -8,12 +8,16 @@ adapter. Arms:
 
 * `untouched`; `LoRA`; `upper half`: LoRA on the upper half of the layers only, a cheaper rival that estimates nothing;
 * `paper`, `auto`, `fast`;
-* `LoRA, auto's time` and `upper half, auto's time`: as many steps as fit into the time that `auto` takes.
+* `LoRA, auto's time` and `upper half, auto's time`: as many steps as fit into the time that `auto` takes;
+* `LoRA, 50 steps`, and `upper half, 50 steps' time` and `auto, 50 steps' time`: as many steps as fit into the time that
+  the whole command takes for 50 steps of LoRA, from its start to the saved adapter.
 
 `python -m benchmarks.learning.quality run` trains and judges missing runs, one by one, into `quality.jsonl`. It can be
 stopped and started again at any time. `python -m benchmarks.learning.quality time` measures the steps of the arms in
-turns, on an otherwise idle machine, into `quality-time.jsonl`: all times of a task come from one call. The arms of
-equal time need them; until then `run` leaves them out.
+turns, on an otherwise idle machine, into `quality-time.jsonl`: all times of a task come from one call. So does
+`... quality command`, for the arms of the whole command's time, into `quality-command.jsonl`; it also runs a command of
+one step for each arm, `auto` with an empty cache of measurements. The arms of equal time need these times; until then
+`run` leaves them out.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from __future__ import annotations
 import argparse
 import functools
 import math
+import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -34,6 +39,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import celora
 from benchmarks import rows
 from benchmarks.learning import quality_tasks
+from benchmarks.steps.adapter import forget_measurements
+from benchmarks.steps.adapter import train as command
 from celora.machine.allocator import keep_freed_memory
 from celora.machine.timing import interleaved
 from celora.studies.assets import demo_model
@@ -47,18 +54,22 @@ STEPS, BATCH = 40, 8
 RATES = (1e-3, 5e-4, 2e-3)
 PRESETS = ("paper", "auto", "fast")
 TIMED = ("LoRA", "upper half", *PRESETS)
-ARMS = ("untouched", *TIMED, "LoRA, auto's time", "upper half, auto's time")
+WHOLE = {arm: f"{arm}, 50 steps" + ("" if arm == "LoRA" else "' time") for arm in ("LoRA", "upper half", "auto")}
+WHOLE_STEPS = 50  # of LoRA
+ARMS = ("untouched", *TIMED, "LoRA, auto's time", "upper half, auto's time", *WHOLE.values())
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-RESULTS, TIMES = Path(__file__).with_name("quality.jsonl"), Path(__file__).with_name("quality-time.jsonl")
+RESULTS, TIMES, COMMANDS = (
+    Path(__file__).with_name(f"{name}.jsonl") for name in ("quality", "quality-time", "quality-command")
+)
 Say = Callable[[str], None]
 
 
-def request(task: str, arm: str, output: Path, *, seed: int = 0, **more: Any) -> TrainRequest:
-    """The training run of an arm."""
+def settings(task: str, arm: str, output: Path, *, seed: int = 0, **more: Any) -> dict[str, Any]:
+    """The settings of an arm's training run, whose rows are written to `output`."""
     chosen = quality_tasks.task(task)
     data = output / "train.jsonl"
     rows.write(data, quality_tasks.shuffled(chosen.train, seed, more.get("max_steps", STEPS) * BATCH))
-    settings: dict[str, Any] = {
+    run_settings: dict[str, Any] = {
         "model": str(demo_model()), "data": str(data), "output": str(output / "run"), "seed": seed, "quiet": True,
         "dtype": "bfloat16", "lora_r": 16, "lora_alpha": 32, "per_device_train_batch_size": BATCH,
         "max_steps": STEPS, "warmup_steps": STEPS // 10, "save_strategy": "no", "preset": "off", **more,
@@ -66,12 +77,17 @@ def request(task: str, arm: str, output: Path, *, seed: int = 0, **more: Any) ->
     if arm.startswith("upper half"):
         layers = AutoConfig.from_pretrained(demo_model()).num_hidden_layers
         block = {name: "mlp" if name.split("_")[0] in ("gate", "up", "down") else "self_attn" for name in LINEAR}
-        settings["lora_target_modules"] = [
+        run_settings["lora_target_modules"] = [
             f"layers.{i}.{block[name]}.{name}" for i in range(layers // 2, layers) for name in LINEAR
         ]
-    if arm in PRESETS:
-        settings["preset"] = arm
-    return make_request(settings)
+    if (preset := arm.split(",")[0]) in PRESETS:
+        run_settings["preset"] = preset
+    return run_settings
+
+
+def request(task: str, arm: str, output: Path, **more: Any) -> TrainRequest:
+    """The training run of an arm."""
+    return make_request(settings(task, arm, output, **more))
 
 
 def untouched(task: str) -> dict[str, Any]:
@@ -121,14 +137,31 @@ def steps_in_autos_time(task: str) -> dict[str, int]:
     return {f"{arm}, auto's time": max(1, round(STEPS * ms["auto"] / ms[arm])) for arm in rivals}
 
 
+def steps_in_the_time(task: str) -> dict[str, int]:
+    """How many steps each arm of equal time may take, as far as the times are measured.
+
+    A command of n steps takes the time of a command of one step, and n - 1 steps. The former differs little between
+    tasks: its median counts.
+    """
+    found, name = rows.found(COMMANDS), "LoRA"
+    step = {row["arm"]: row["time_ms"] / 1000 for row in found if row["task"] == task}
+    first = {arm: statistics.median(row["first_s"] for row in found if row["arm"] == arm) for arm in step}
+    whole = {
+        WHOLE[arm]: 1 + math.floor((first[name] - first[arm] + (WHOLE_STEPS - 1) * step[name]) / step[arm])
+        for arm in step
+    }
+    return steps_in_autos_time(task) | whole
+
+
 def run(tasks: list[str], arms: list[str], seeds: list[int], rates: list[float], say: Say) -> None:
     """Train and judge missing runs. The first seed tries all rates; the others use its best."""
     for task in tasks:
-        budget = steps_in_autos_time(task)
+        budget = steps_in_the_time(task)
         for seed in seeds:
             for arm in arms:
-                if arm.endswith("auto's time") and arm not in budget:
-                    first = f"python -m benchmarks.learning.quality time --tasks {task}"
+                if "," in arm and arm not in budget:
+                    what = "command" if arm in WHOLE.values() else "time"
+                    first = f"python -m benchmarks.learning.quality {what} --tasks {task}"
                     say(f"{task}, {arm}: left out; `{first}` comes first")
                     continue
                 steps = 0 if arm == "untouched" else budget.get(arm, STEPS)
@@ -186,28 +219,55 @@ def _tried(task: str, arm: str, steps: int) -> list[dict[str, Any]]:
 
 
 def time_steps(tasks: list[str], arms: list[str], repeats: int) -> None:
-    """Times whole optimizer steps of the arms in turns, on the same batches; each arm pads or packs as usual."""
-    keep_freed_memory()
+    """Times of whole optimizer steps, task by task."""
     for task in tasks:
-        with ExitStack() as stack:
-            contenders: dict[str, Callable[[], object]] = {}
-            for arm in arms:
-                scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-                asked = request(task, arm, scratch)
-                trainer, _ = stack.enter_context(prepared(asked, BATCH, None))
-                chosen = choose(asked, trainer, Console(stderr=True, quiet=True), begun=False)
-                celora.attach(trainer.model, chosen.config)
-                trainer.create_optimizer()
-                batches = [dict(batch) for batch in trainer.get_train_dataloader()][:6]
-                contenders[arm] = functools.partial(_steps, trainer, batches)
-            times = interleaved(contenders, repeats=repeats)
-        others = [row for row in rows.found(TIMES) if row["task"] != task]
-        timed = [
-            {"task": task, "arm": arm, "time_ms": timed["time_ms"] / len(batches), "repeats": repeats}
-            | rows.conditions(arm)
-            for arm, timed in times.items()
-        ]
-        rows.write(TIMES, others + timed)
+        _replace(TIMES, task, repeats, {arm: {"time_ms": ms} for arm, ms in _step_times(task, arms, repeats).items()})
+
+
+def time_commands(tasks: list[str], repeats: int) -> None:
+    """The same, and the seconds from the start of a command of one step to its adapter."""
+    for task in tasks:
+        first = {arm: {"first_s": _first_step(task, arm)} for arm in WHOLE}
+        times = _step_times(task, list(WHOLE), repeats)
+        _replace(COMMANDS, task, repeats, {arm: first[arm] | {"time_ms": times[arm]} for arm in WHOLE})
+
+
+def _first_step(task: str, arm: str) -> float:
+    with tempfile.TemporaryDirectory() as scratch:
+        tokenised = WHOLE_STEPS * (1 if arm == "LoRA" else 3)  # the rows of so many steps, for the one
+        asked = settings(task, arm, Path(scratch), max_steps=tokenised) | {"max_steps": 1, "warmup_steps": 0}
+        if arm == "auto":
+            forget_measurements()
+        preset = asked.pop("preset")
+        return float(command(Path(scratch), preset, asked)["adapter_s"])
+
+
+def _replace(path: Path, task: str, repeats: int, measured: dict[str, dict[str, float]]) -> None:
+    """Write a task's times in the place of its older ones."""
+    others = [row for row in rows.found(path) if row["task"] != task]
+    common = {"repeats": repeats}
+    rows.write(
+        path,
+        others + [{"task": task, "arm": arm} | own | common | rows.conditions(arm) for arm, own in measured.items()],
+    )
+
+
+def _step_times(task: str, arms: list[str], repeats: int) -> dict[str, float]:
+    """Milliseconds of whole optimizer steps, in turns, on the same batches; each arm pads or packs as usual."""
+    keep_freed_memory()
+    with ExitStack() as stack:
+        contenders: dict[str, Callable[[], object]] = {}
+        for arm in arms:
+            scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            asked = request(task, arm, scratch)
+            trainer, _ = stack.enter_context(prepared(asked, BATCH, None))
+            chosen = choose(asked, trainer, Console(stderr=True, quiet=True), begun=False)
+            celora.attach(trainer.model, chosen.config)
+            trainer.create_optimizer()
+            batches = [dict(batch) for batch in trainer.get_train_dataloader()][:6]
+            contenders[arm] = functools.partial(_steps, trainer, batches)
+        times = interleaved(contenders, repeats=repeats)
+    return {arm: timed["time_ms"] / len(batches) for arm, timed in times.items()}
 
 
 def _steps(trainer: Any, batches: list[dict[str, Any]]) -> None:
@@ -220,7 +280,7 @@ def _steps(trainer: Any, batches: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["run", "time"])
+    parser.add_argument("what", choices=["run", "time", "command"])
     parser.add_argument("--tasks", nargs="+", default=quality_tasks.NAMES, choices=quality_tasks.NAMES)
     parser.add_argument("--arms", nargs="+", choices=ARMS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="0 chooses the learning rates")
@@ -230,6 +290,9 @@ def main() -> None:
     with quiet_libraries():
         if options.what == "time":
             time_steps(options.tasks, options.arms or list(TIMED), options.repeats)
+            return
+        if options.what == "command":
+            time_commands(options.tasks, options.repeats)
             return
         say = functools.partial(print, flush=True)
         run(options.tasks, options.arms or list(ARMS), options.seeds, options.rates, say)

@@ -19,6 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from benchmarks import rows
 from celora.files import write_text
 from celora.machine.cache import cache_folder
@@ -34,15 +36,22 @@ PRESETS, STEPS, TURNS, BATCH = ("off", "exact", "auto"), (1, 20, 100), 5, 8
 
 def train(folder: Path, preset: str, settings: dict[str, Any]) -> dict[str, Any]:
     """One command: seconds to the adapter, of the whole, and of each part."""
-    output = folder / "out"
-    flags = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
-    command = [sys.executable, "-m", "celora", "train", "--preset", preset, "--output", str(output), "--overwrite"]
+    output, config = folder / "out", folder / "run.yaml"
+    write_text(config, yaml.safe_dump(settings))
+    command = [sys.executable, "-m", "celora", "train", "--config", str(config), "--preset", preset]
+    command += ["--output", str(output), "--overwrite", "--json", "--quiet"]
     begun, clock = time.time(), time.perf_counter()
-    done = subprocess.run([*command, *flags, "--json", "--quiet"], stdout=subprocess.PIPE, check=True, text=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
     whole, summary = time.perf_counter() - clock, json.loads(done.stdout)
     adapter = os.stat(output / "adapter_model.safetensors").st_mtime - begun
     parts = {f"{part}_s": seconds for part, seconds in spent(summary).items()}
     return {"adapter_s": round(adapter, 2), "command_s": round(whole, 2), **parts, "loss": summary["loss"]}
+
+
+def forget_measurements() -> None:
+    """Empty the user's cache of measurements, as before the first run on a machine."""
+    for file in cache_folder("measured").iterdir():
+        file.unlink()
 
 
 def measure(presets: Sequence[str], steps: Sequence[int], turns: int, results: Path) -> None:
@@ -53,12 +62,12 @@ def measure(presets: Sequence[str], steps: Sequence[int], turns: int, results: P
         for count in steps:
             rows_ = to_rows(splits(seed=0).train[: count * BATCH])  # 1,000 steps begin a second epoch
             write_text(data, "".join(json.dumps(row) + "\n" for row in rows_))
-            settings = shared_settings(model, count, BATCH, dtype) | {"data": data, "logging_steps": 1}
+            settings = shared_settings(model, count, BATCH, dtype) | {"data": str(data), "logging_steps": 1}
             for turn in range(turns):
                 for preset in presets if turn % 2 == 0 else reversed(presets):
                     first = preset == "auto" and turn == 0
-                    for file in cache_folder("measured").iterdir() if first else ():
-                        file.unlink()
+                    if first:
+                        forget_measurements()
                     found = train(Path(scratch), preset, settings)
                     row = {"preset": preset, "steps": count, "turn": turn, "first": first, "dtype": dtype} | found
                     print(row, flush=True)

@@ -280,8 +280,10 @@ def test_runs_what_is_missing_and_times_it(
     rows = [quality_tasks._row(f"w{i} w{i + 1}", f"w{i % 7}") for i in range(30)]
     tiny = quality_tasks.Task("chat", "exact match", True, rows[:20], rows[20:25], rows[25:], quality_tasks.exact_match)
     monkeypatch.setattr(quality_tasks, "task", lambda name: tiny)
-    for name, value in {"STEPS": 2, "BATCH": 2, "RESULTS": tmp_path / "q.jsonl", "TIMES": tmp_path / "t.jsonl"}.items():
+    for name, value in {"STEPS": 2, "BATCH": 2, "WHOLE_STEPS": 2}.items():
         monkeypatch.setattr(quality, name, value)
+    for name in ("RESULTS", "TIMES", "COMMANDS"):
+        monkeypatch.setattr(quality, name, tmp_path / f"{name}.jsonl")
     monkeypatch.setattr(quality, "demo_model", lambda: model)
     said: list[str] = []
     arms = list(quality.ARMS)
@@ -289,6 +291,13 @@ def test_runs_what_is_missing_and_times_it(
     quality.time_steps(["chat"], list(quality.TIMED), 2)
     timed = quality.rows.read(quality.TIMES)
     assert [r["arm"] for r in timed] == list(quality.TIMED)
+    forget, command = Mock(), Mock(return_value={"adapter_s": 9.0})
+    monkeypatch.setattr(quality, "forget_measurements", forget)
+    monkeypatch.setattr(quality, "command", command)
+    quality.time_commands(["chat"], 2)
+    assert [call.args[1] for call in command.call_args_list] == ["off", "off", "auto"]
+    assert all(call.args[2]["max_steps"] == 1 and "preset" not in call.args[2] for call in command.call_args_list)
+    forget.assert_called_once_with()
     monkeypatch.setattr(quality, "interleaved", Mock(side_effect=[{"LoRA": {"time_ms": 6.0}}, KeyboardInterrupt]))
     with pytest.raises(KeyboardInterrupt):  # stopped at the second task
         quality.time_steps(["text", "chat"], list(quality.TIMED), 2)
@@ -312,3 +321,22 @@ def test_runs_what_is_missing_and_times_it(
         (r["arm"], r["learning_rate"]): r["train_loss"] for r in found if r["arm"] != "untouched" and not r["seed"]
     }
     assert losses["upper half", 1e-2] != losses["LoRA", 1e-2]
+
+
+def test_rivals_get_the_time_of_the_whole_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many steps as fit between a slower start and the end of LoRA's command, and not one more."""
+    monkeypatch.setattr(quality, "TIMES", tmp_path / "none.jsonl")
+    monkeypatch.setattr(quality, "COMMANDS", tmp_path / "commands.jsonl")
+    assert quality.steps_in_the_time("chat") == {}
+    times = {"LoRA": (9.0, 1000.0), "upper half": (9.5, 700.0), "auto": (11.0, 300.0)}
+    measured = [
+        {"task": task, "arm": arm, "first_s": first + late, "time_ms": ms}
+        for task, late in (("chat", 0.0), ("text", 8.0), ("chain_sum", -0.0))
+        for arm, (first, ms) in times.items()
+    ]
+    quality.rows.write(quality.COMMANDS, measured)
+    steps = quality.steps_in_the_time("chat")
+    assert steps == {"LoRA, 50 steps": 50, "upper half, 50 steps' time": 70, "auto, 50 steps' time": 157}
+    whole = 9.0 + 49 * 1.0
+    for (first, ms), count in zip(times.values(), steps.values(), strict=True):
+        assert first + (count - 1) * ms / 1000 <= whole < first + count * ms / 1000
