@@ -143,14 +143,13 @@ def steps_in_the_time(task: str) -> dict[str, int]:
     A command of n steps takes the time of a command of one step, and n - 1 steps. The former differs little between
     tasks: its median counts.
     """
-    found, name = rows.found(COMMANDS), "LoRA"
+    found, budget = rows.found(COMMANDS), steps_in_autos_time(task)
     step = {row["arm"]: row["time_ms"] / 1000 for row in found if row["task"] == task}
     first = {arm: statistics.median(row["first_s"] for row in found if row["arm"] == arm) for arm in step}
-    whole = {
-        WHOLE[arm]: 1 + math.floor((first[name] - first[arm] + (WHOLE_STEPS - 1) * step[name]) / step[arm])
-        for arm in step
-    }
-    return steps_in_autos_time(task) | whole
+    for arm in step:
+        spared = first["LoRA"] - first[arm] + (WHOLE_STEPS - 1) * step["LoRA"]
+        budget[WHOLE[arm]] = WHOLE_STEPS if arm == "LoRA" else 1 + math.floor(spared / step[arm])
+    return budget
 
 
 def run(tasks: list[str], arms: list[str], seeds: list[int], rates: list[float], say: Say) -> None:

@@ -1,6 +1,6 @@
-"""Tables and a picture of the studies of what is learnt, from committed rows: `quality.py` and `convergence.py`.
+"""Tables of what is learnt on several tasks, from the committed rows of `quality.py`.
 
-Each function returns Markdown that `tables.py` puts between its marks; `convergence_picture` returns an SVG.
+Each function returns Markdown that `tables.py` puts between its marks.
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ _ENOUGH, _POINT = 3, 0.01  # seeds; what counts as no difference
 _Interval = tuple[float, float, float]  # mean, low, high
 _LOSSES = ("chat", "text")  # tasks without a score in points
 _RIVALS = ("LoRA, auto's time", "upper half, auto's time")
-# Okabe and Ito's colours, and a line of its own for each: readable without seeing colours.
-_LINES = {"LoRA": ("#0072b2", ""), "CE-LoRA": ("#d55e00", "6 4")}
 
 
 def scores() -> str:
@@ -33,7 +31,7 @@ def scores() -> str:
     body, compared = [], 0
     for task in (name for name in quality_tasks.NAMES if any(row["task"] == name for row in found)):
         base = chosen(found, task, "LoRA")
-        for arm in quality.ARMS:
+        for arm in (arm for arm in quality.ARMS if arm not in quality.WHOLE.values()):  # those have their own table
             by_seed = chosen(found, task, arm)
             if not by_seed:
                 continue
@@ -104,6 +102,35 @@ def verdict() -> str:
     )
 
 
+def whole_command() -> str:
+    """`auto` by task against its rivals, when each command may take as long as fifty steps of LoRA."""
+    found, timed = quality.found(), rows.found(quality.COMMANDS)
+    seconds = {(row["task"], row["arm"]): (row["first_s"], row["time_ms"] / 1000) for row in timed}
+    body = []
+    for task in quality_tasks.NAMES:
+        by_arm = {arm: chosen(found, task, name) for arm, name in quality.WHOLE.items()}
+        if min(map(len, by_arm.values())) < _ENOUGH:
+            continue
+        first, step = seconds[task, "LoRA"]
+        cells = [task, f"{first + (quality.WHOLE_STEPS - 1) * step:.0f} s"]
+        for arm in by_arm.values():
+            one = arm[0]
+            mean = _shown(statistics.fmean(row["test"] for row in arm.values()), one)
+            cells.append(f"{mean} ({one['steps']} at {one['learning_rate']:g})")
+        ahead = [_ahead(found, task, quality.WHOLE["auto"], quality.WHOLE[arm]) for arm in ("LoRA", "upper half")]
+        body.append([*cells, str(len(ahead[0])), *(_hundredths(_better(by)) for by in ahead)])
+    if not body:
+        return "Not measured yet."
+    header = ["task", "the command", *(f"{arm} (steps, rate)" for arm in quality.WHOLE)]
+    header += ["seeds", "auto against LoRA", "auto against the upper half"]
+    places = "; ".join(dict.fromkeys(rows.where(row) for row in timed))
+    trained = dict.fromkeys(rows.where(row) for row in found if row["arm"] in quality.WHOLE.values())
+    return rows.markdown(header, body) + (
+        "\n\nThe last columns: hundredths (points, or 0.01 nats per token) by which `auto` is better, with 95 % "
+        f"intervals. Timed on {places}. Trained on {'; '.join(trained)}."
+    )
+
+
 def _together(found: Sequence[dict[str, Any]], preset: str) -> tuple[list[str], list[float]]:
     """The tasks that are scored in points, and by how much a preset is better than LoRA on their mean, seed by seed."""
     scored = {task: _by_seed(found, task, preset, "LoRA") for task in quality_tasks.NAMES if task not in _LOSSES}
@@ -138,9 +165,9 @@ def furthest(preset: str) -> str:
     return f"{_in_words(task, -by_task[task][0])} on {task}"
 
 
-def leads(rival: str, *, surely: bool = False) -> str:
+def leads(rival: str, *, auto: str = "auto", surely: bool = False) -> str:
     """On how many tasks `auto` is ahead of a rival at equal time; `surely`: beyond the 95 % interval."""
-    by_task = _differences("auto", rival)
+    by_task = _differences(auto, rival)
     return f"{sum(by[surely] > 0 for by in by_task.values())} of {len(by_task)}"
 
 
@@ -240,7 +267,7 @@ def missing() -> str:
 
 def _of(found: Sequence[dict[str, Any]], task: str, arm: str) -> list[dict[str, Any]]:
     """The rows of an arm. For an arm of equal time, the rows with the number of steps that the current times allow."""
-    steps = quality.steps_in_autos_time(task).get(arm)
+    steps = quality.steps_in_the_time(task).get(arm)
     return [row for row in found if (row["task"], row["arm"]) == (task, arm) and steps in (None, row["steps"])]
 
 
@@ -252,118 +279,6 @@ def chosen(found: Sequence[dict[str, Any]], task: str, arm: str) -> dict[int, di
         return {}
     best, key = quality.best(first), ("learning_rate", "steps")
     return {row["seed"]: row for row in matching if all(row[name] == best[name] for name in key)}
-
-
-def convergence() -> str:
-    """Mean squared gradient by number of steps, and the slopes."""
-    from benchmarks.learning import convergence as study
-
-    found = rows.read(study.RESULTS)
-    body = []
-    for arm in study.RATED:
-        mean, width = study.slope(found, arm)
-        cells = [f"{_squared(found, arm, steps):.4f}" for steps in study.STEPS]
-        body.append([arm, *cells, f"{mean:.3f} ({mean - width:.3f} to {mean + width:.3f})"])
-    seeds = len({row["seed"] for row in found})
-    return (
-        rows.markdown(["", *(f"T = {steps:,}" for steps in study.STEPS), "slope (95 %)"], body)
-        + f"\n\nMean over {seeds} seeds of the average squared norm of the whole gradient; O(1/sqrt(T)) is -0.5. "
-        f"{'; '.join(dict.fromkeys(rows.where(row) for row in found))}; `fast` on the latter."
-    )
-
-
-def boundary() -> str:
-    """Sampled columns at smaller and smaller keep ratios, without and with the guard: error and result."""
-    from benchmarks.learning import convergence as study
-
-    found = [row for row in rows.read(study.RESULTS) if row["steps"] == study.BOUNDARY_STEPS]
-
-    def reached(arm: str) -> str:
-        last = [row["last_squared_gradient"] for row in found if row["arm"] == arm]
-        return f"{statistics.median(last):.4f} ({min(last):.4f} to {max(last):.4f})"
-
-    body = [["LoRA", "", reached("LoRA"), "", "", ""]]
-    for arm in (arm for arm in study.ARMS if arm.startswith("sampled") and not arm.endswith(study.GUARDED)):
-        alone, guarded = ([row for row in found if row["arm"] == name] for name in (arm, arm + study.GUARDED))
-        exact = [row["made_exact"] for row in guarded]
-        body.append(
-            [
-                arm,
-                f"{statistics.median(row['relative_error'] for row in alone):.1f}",
-                reached(arm),
-                f"{sum(row['monitor'] for row in alone)} of {len(alone)}",
-                reached(arm + study.GUARDED),
-                f"{statistics.median(exact):g} ({min(exact)} to {max(exact)})",
-            ]
-        )
-    header = [
-        "",
-        "worst layer's relative error at the end",
-        "squared gradient at the end",
-        "runs warned of",
-        "the same, guarded",
-        f"layers made exact, of {study.DEPTH}",
-    ]
-    return rows.markdown(header, body) + f"\n\nT = {study.BOUNDARY_STEPS:,}; median over seeds (and range)."
-
-
-def convergence_picture() -> str:
-    """Mean squared gradient against T, both on logarithmic axes, with the rate of the theorem."""
-    from benchmarks.learning import convergence as study
-
-    found = rows.read(study.RESULTS)
-    width, height, left, right, top, bottom = 640, 360, 70, 120, 20, 60
-    low, high = -2.0, 0.0
-
-    def at(steps: float, value: float) -> tuple[float, float]:
-        x = (math.log10(steps) - 1.6) / (4.4 - 1.6)
-        y = (high - math.log10(value)) / (high - low)
-        return left + x * (width - left - right), top + y * (height - top - bottom)
-
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
-        'font-size="12">',
-        f'<rect width="{width}" height="{height}" fill="white"/>',
-    ]
-    for steps in (100, 1000, 10000):
-        x, y = at(steps, 10**low)
-        parts.append(f'<line x1="{x:.0f}" y1="{top}" x2="{x:.0f}" y2="{y:.0f}" stroke="#ddd"/>')
-        parts.append(f'<text x="{x:.0f}" y="{y + 18:.0f}" text-anchor="middle">{steps:,}</text>')
-    for value in (0.01, 0.1, 1.0):
-        (x, y), end = at(10**1.6, value), at(10**4.4, value)[0]
-        parts.append(f'<line x1="{x:.0f}" y1="{y:.0f}" x2="{end:.0f}" y2="{y:.0f}" stroke="#ddd"/>')
-        parts.append(f'<text x="{x - 8:.0f}" y="{y + 4:.0f}" text-anchor="end">{value:g}</text>')
-    x, y = at(1000, 10**low)
-    parts.append(f'<text x="{x:.0f}" y="{y + 40:.0f}" text-anchor="middle">T, optimizer steps</text>')
-    middle = (top + height - bottom) / 2
-    parts.append(
-        f'<text x="18" y="{middle:.0f}" text-anchor="middle" transform="rotate(-90 18 {middle:.0f})">'
-        "mean of ||gradient||² over the T steps</text>"
-    )
-    first = study.STEPS[0]
-    start = _squared(found, "LoRA", first)
-    (x1, y1), (x2, y2) = at(first, start), at(study.STEPS[-1], start * (first / study.STEPS[-1]) ** 0.5)
-    parts.append(
-        f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="#555" stroke-dasharray="2 4"/>'
-        f'<text x="{x2 + 8:.0f}" y="{y2 - 4:.0f}" fill="#555">1/√T</text>'
-    )
-    for i, (arm, (colour, dash)) in enumerate(_LINES.items()):
-        points = [at(steps, _squared(found, arm, steps)) for steps in study.STEPS]
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-        parts.append(
-            f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2" stroke-dasharray="{dash}"/>'
-        )
-        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{4 - i}" fill="{colour}"/>' for x, y in points]
-        y = top + 14 + 20 * i
-        parts.append(
-            f'<line x1="{width - 115}" y1="{y - 4}" x2="{width - 85}" y2="{y - 4}" stroke="{colour}" stroke-width="2" '
-            f'stroke-dasharray="{dash}"/><text x="{width - 78}" y="{y}">{arm}</text>'
-        )
-    return "\n".join([*parts, "</svg>", ""])
-
-
-def _squared(found: Sequence[dict[str, Any]], arm: str, steps: int) -> float:
-    return statistics.fmean(row["mean_squared_gradient"] for row in found if (row["arm"], row["steps"]) == (arm, steps))
 
 
 def _difference(arm: Sequence[float], base: Sequence[float], row: dict[str, Any]) -> str:
@@ -389,12 +304,14 @@ VALUES = {
     "leads": functools.partial(leads, _RIVALS[0]),
     "leads_surely": functools.partial(leads, _RIVALS[0], surely=True),
     "leads_upper_half": functools.partial(leads, _RIVALS[1]),
+    "whole_leads": functools.partial(leads, quality.WHOLE["LoRA"], auto=quality.WHOLE["auto"]),
+    "whole_leads_surely": functools.partial(leads, quality.WHOLE["LoRA"], auto=quality.WHOLE["auto"], surely=True),
+    "whole_leads_upper_half": functools.partial(leads, quality.WHOLE["upper half"], auto=quality.WHOLE["auto"]),
     **{f"lead_{task}": functools.partial(lead, task) for task in ("text", "chat", "chain_sum")},
 }
 TABLES = {
     "scores": scores,
     "verdict": verdict,
+    "whole_command": whole_command,
     "missing": missing,
-    "convergence": convergence,
-    "boundary": boundary,
 }

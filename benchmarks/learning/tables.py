@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import rows
-from benchmarks.learning import quality_tables, sensitivity
+from benchmarks.learning import convergence_tables, quality_tables, sensitivity
 
 HERE = Path(__file__).parent
 
@@ -174,6 +174,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "sensitivity_network": sensitivity.NETWORK.table,
     "sensitivity_language_model": sensitivity.LANGUAGE_MODEL.table,
     **quality_tables.TABLES,
+    **convergence_tables.TABLES,
 }
 VALUES: dict[str, Callable[[], str]] = {
     "kept_by_auto": functools.partial(share_kept, "auto"),
@@ -189,7 +190,7 @@ VALUES: dict[str, Callable[[], str]] = {
     **quality_tables.VALUES,
 }
 PICTURES: dict[str, Callable[[], str]] = {
-    "convergence.svg": quality_tables.convergence_picture,
+    **convergence_tables.PICTURES,
     "sensitivity-network.svg": sensitivity.NETWORK.picture,
     "sensitivity-language-model.svg": sensitivity.LANGUAGE_MODEL.picture,
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -117,6 +118,7 @@ def test_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One task is lost by more than a point and an error. A task with too few seeds is left out."""
     monkeypatch.setattr(quality, "RESULTS", tmp_path / "quality.jsonl")
     monkeypatch.setattr(quality, "TIMES", tmp_path / "none.jsonl")
+    monkeypatch.setattr(quality, "COMMANDS", tmp_path / "none.jsonl")
     assert quality_tables.verdict() == "No task has all of its runs yet."
     ended = {  # task -> arm -> difference of its loss or accuracy from LoRA's at equal steps
         "chat": {
@@ -148,7 +150,7 @@ def test_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "| mean of the 2 with labels or answers | auto | 3 | -3.0 (-3.0 to -3.0) | no | no |  |  |",
         "| mean of the 2 with labels or answers | fast | 3 | -0.5 (-0.5 to -0.5) | yes | shown |  |  |",
     ]
-    values = {name: value() for name, value in quality_tables.VALUES.items() if "text" not in name}
+    values = {name: value() for name, value in quality_tables.VALUES.items() if not re.search("text|whole", name)}
     assert values == {
         "near_auto": "2 of 3",
         "near_fast": "1 of 3",
@@ -164,6 +166,48 @@ def test_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "lead_chat": "0.02 nats",
         "lead_chain_sum": "5.0 points",
     }
+
+
+def test_the_time_of_a_whole_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores, and who is ahead, of tasks with three seeds of each arm, at the steps that the times allow."""
+    for name in ("RESULTS", "TIMES", "COMMANDS"):
+        monkeypatch.setattr(quality, name, tmp_path / f"{name}.jsonl")
+    assert quality_tables.whole_command() == "Not measured yet."
+    times = {"LoRA": (9.0, 1000.0), "upper half": (9.5, 700.0), "auto": (11.0, 300.0)}
+    on = {"threads": 2, "cpu": "a CPU", "torch": "2"}
+    quality.rows.write(
+        quality.COMMANDS,
+        [
+            {"task": task, "arm": arm, "first_s": first, "time_ms": ms} | on
+            for task in ("chat", "chain_sum", "text")
+            for arm, (first, ms) in times.items()
+        ],
+    )
+    steps = {"LoRA, 50 steps": 50, "upper half, 50 steps' time": 70, "auto, 50 steps' time": 157}
+    losses = dict(zip(steps, (1.0, 1.2, 0.9), strict=True))
+    quality.rows.write(
+        quality.RESULTS,
+        [
+            row(arm, seed, 1e-3, 0.5, score + seed / 100, steps=count) | {"task": task, "higher_is_better": good}
+            for task, good in (("chat", False), ("chain_sum", True), ("text", False))
+            for seed in range(3)
+            for arm, count in steps.items()
+            if (task, seed) != ("text", 2)
+            for score in [losses[arm] if task == "chat" else losses[arm] / 2]
+        ]
+        + [row("auto, 50 steps' time", seed, 1e-3, 0.9, 0.0, steps=9) | {"task": "chat"} for seed in range(3)],
+    )
+    table = quality_tables.whole_command().splitlines()
+    assert table[2:5] == [
+        "| chain_sum | 58 s | 51.0% (50 at 0.001) | 61.0% (70 at 0.001) | 46.0% (157 at 0.001) | 3 | "
+        "-5.0 (-5.0 to -5.0) | -15.0 (-15.0 to -15.0) |",
+        "| chat | 58 s | 1.010 (50 at 0.001) | 1.210 (70 at 0.001) | 0.910 (157 at 0.001) | 3 | "
+        "+10.0 (+10.0 to +10.0) | +30.0 (+30.0 to +30.0) |",
+        "",  # `text` lacks a seed
+    ]
+    values = {name: value() for name, value in quality_tables.VALUES.items() if "whole" in name}
+    assert set(values.values()) == {"1 of 2"}
+    assert "auto, 50 steps" not in quality_tables.scores()
 
 
 def test_a_mean_over_tasks_pairs_seeds() -> None:
