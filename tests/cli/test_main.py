@@ -166,6 +166,9 @@ def test_mistakes_are_one_line_and_status_2(inputs, capsys, tmp_path):
     assert "trayn" in error_line(capsys, "trayn")
     assert "--rows" in error_line(capsys, "audit", "--rows", "x")
     assert "--data is given 2 times; give it once" in error_line(capsys, *base, f"--data={rows}")
+    line = error_line(capsys, *base, "--dataset_name", rows)
+    assert "--data (also as --dataset_name) is given 2 times; give it once" in line
+    assert "--output (also as --output_dir) is given 2 times" in error_line(capsys, *base, "--output_dir=b")
     assert "--eval-data is given 2 times" in error_line(capsys, *base, "--eval_data", rows, "--eval-data", rows)
 
     bad = tmp_path / "bad.yaml"

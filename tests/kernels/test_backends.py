@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,13 @@ def test_the_recipe_for_a_backend_works(monkeypatch: pytest.MonkeyPatch) -> None
     assert calls == [(20, 32)]
     monkeypatch.setattr("celora.studies.doctor._SHAPES", {"cpu": (32, 64, 48)})
     assert examine()["kernels"]["chosen"]["squared_row_norms"] == "einsum"
+
+
+def test_the_table_is_full_whatever_is_imported_first() -> None:
+    code = "from celora.kernels.backends import explain; import torch; print(explain('scatter_rows', torch.ones(2, 4)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == explain("scatter_rows", torch.ones(2, 4))
 
 
 def test_a_backend_replaces_one_of_its_own_name() -> None:

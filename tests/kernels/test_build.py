@@ -92,6 +92,21 @@ def test_without_a_cache_they_are_built_for_the_process(how: str, quick: str, tm
 
 
 @needs_compiler
+def test_a_newer_compiler_of_the_same_name_builds_anew(made: Path, quick: str, tmp_path: Path) -> None:
+    """It may know more instructions."""
+    works = next(filter(None, map(shutil.which, build_module._COMPILERS)))
+    newer = tmp_path / "newer"
+    newer.mkdir()
+    path = compilers(newer, cc=f'exec "{works}" "$@" -O0')
+    first, _ = load_in(tmp_path, path=path)
+    assert load_in(tmp_path, path=path) == (first, "")
+    compilers(newer, cc=f'exec "{works}" "$@" -O0 -g0')
+    again, reason = load_in(tmp_path, path=path)
+    assert (again.parent, reason) == (made.parent, "")
+    assert len({again, first, made}) == 3
+
+
+@needs_compiler
 def test_a_damaged_library_is_made_anew(made: Path, quick: str, tmp_path: Path) -> None:
     whole = made.stat().st_size
     made.write_bytes(bytes(1000))

@@ -4,13 +4,31 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from celora.errors import CELoraError
 from celora.kernels.c import library as library_module
 from celora.kernels.c import rows as kernels
 from celora.numerics import reference, select
 from tiers import each_tier
 
 DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.mark.skipif(library_module.library() is None, reason="no compiled kernels")
+def test_only_tensors_in_memory_are_taken() -> None:
+    """A view with other signs is copied. A tensor without numbers would end the process."""
+    x = torch.randn(3, 4)
+    assert library_module.supported(x)
+    assert library_module.supported(torch.nn.Parameter(x))
+    negative = torch._neg_view(x)
+    assert not library_module.supported(negative)
+    assert library_module.known(negative).equal(-x)
+    with FakeTensorMode():
+        shape_only = torch.empty(3, 4)
+        assert not library_module.supported(shape_only)
+        with pytest.raises(CELoraError, match="need numbers, and got a FakeTensor, which has none"):
+            library_module.known(shape_only)
 
 
 @each_tier

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import subprocess
 import types
 from collections.abc import Iterator
@@ -139,9 +140,19 @@ def test_matrix_instructions(limit: str | None, used: bool, monkeypatch: pytest.
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
     if limit is not None:
         monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
-    for there in (True, False):
+    for there, permitted in itertools.product((True, False), repeat=2):
         patch_all(monkeypatch, "celora.machine.cpu:features", functools.cache(lambda there=there: {"amx_tile": there}))
-        assert cpu.matrix_instructions.__wrapped__() is (there and used)
+        patch_all(monkeypatch, "celora.machine.cpu:_tiles_are_permitted", lambda permitted=permitted: permitted)
+        assert cpu.matrix_instructions.__wrapped__() is (there and permitted and used)
+
+
+@pytest.mark.parametrize("answer", [True, False])
+def test_an_old_linux_forbids_tiles(answer: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU lists them all the same. Only Linux has to be asked."""
+    monkeypatch.setattr(cpu, "borrow", lambda name: lambda: answer)
+    for system in ("Linux", "Windows"):
+        monkeypatch.setattr(cpu.platform, "system", lambda system=system: system)
+        assert cpu._tiles_are_permitted() is (answer or system == "Windows")
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo import compiled_autograd
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -58,6 +59,27 @@ def test_equals_the_formula(dtype: torch.dtype, size: int, kv_heads: int, scalin
     assert (found - expected).norm() < allowed * expected.norm()
     for t, true in zip(tensors, exact, strict=True):
         assert (t.grad - true.grad).norm() < allowed * true.grad.norm()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of torch's own tracing
+def test_compiled_autograd() -> None:
+    """The forward is not traced, its backward is: the kernel runs all the same."""
+    tensors = inputs(torch.float32)
+    grad = torch.randn(1, sum(LENGTHS), 4, 16)
+
+    def gradients() -> list[Tensor]:
+        output = attention._Tiled.apply(*tensors, LENGTHS, 0.2, False)  # type: ignore[no-untyped-call]
+        output.backward(grad)
+        found = [t.grad for t in tensors if t.grad is not None]
+        for t in tensors:
+            t.grad = None
+        return found
+
+    expected = gradients()
+    with compiled_autograd._enable(torch.compile(backend="eager")):
+        found = gradients()
+    assert len(found) == 3
+    assert all(ours.equal(theirs) for ours, theirs in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("size", [16, 32])

@@ -6,14 +6,18 @@ import copy
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from celora import CELoraError
+import celora
+from celora import CELoraConfig, CELoraError
 from celora.modeling.compiled import forward_product, grad_input, quantised, rounded_rows
 from celora.modeling.graft import LayerGraft
 from celora.modeling.switch import Mode, Switch
 from celora.numerics.estimators import Columns
+from decoders import model_of
+from labelled import masked_batch
+from small import MEMBERS
 from without import without
 
 
@@ -49,6 +53,31 @@ def test_a_quantised_weight_is_read_by_the_key_of_its_layer(layer: tuple[nn.Line
     twin = copy.deepcopy(graft)
     with pytest.raises(CELoraError, match="run it once before you compile it"):
         grad_input(gradient, None, 8, twin.key, Mode.EXACT.value)
+
+
+def gradients(model: nn.Module, batch: dict[str, Tensor]) -> list[Tensor]:
+    model.zero_grad()
+    model(**batch).loss.backward()
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+PRESETS = {"exact": "exact", "int8 both ways": MEMBERS["int8 both ways"]}
+
+
+@pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS)
+def test_a_tool_that_computes_shapes(preset: str | CELoraConfig) -> None:
+    """Tensors without numbers pass a model that has trained; afterwards it trains as before."""
+    model, batch = model_of("llama"), masked_batch()
+    celora.attach(model, preset)
+    model.train()
+    gradients(model, batch)
+    expected = gradients(model, batch)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        output = model(**{name: mode.from_tensor(x) for name, x in batch.items()})
+        assert output.logits.shape == (*batch["input_ids"].shape, model.config.vocab_size)
+        output.loss.backward()
+    again = gradients(model, batch)
+    assert all(ours.equal(theirs) for ours, theirs in zip(again, expected, strict=True))
 
 
 def test_graphs_are_promised_the_right_shape(layer: tuple[nn.Linear, LayerGraft]) -> None:

@@ -43,6 +43,22 @@ def test_hooks_of_others_under_the_adapter(config: CELoraConfig, when: str) -> N
         torch.testing.assert_close(found[name], value)
 
 
+@pytest.mark.filterwarnings("ignore:Using a non-full backward hook")
+@pytest.mark.parametrize("kind", ["register_backward_hook", "register_full_backward_hook"])
+def test_backward_hooks_under_the_adapter(kind: str) -> None:
+    """They are called, with the gradient of the base layer's output."""
+    model, x, g = layer(), torch.randn(6, 12).double(), torch.randn(6, 20).double()
+    seen: list[torch.Tensor] = []
+    getattr(model.base_model.model[0].base_layer, kind)(lambda module, into, out: seen.append(out[0].clone()))
+    expected = run(model, x, g)
+    celora.attach(model, FUSED)
+    found = run(model, x, g)
+    assert len(seen) == 2
+    torch.testing.assert_close(seen[1], seen[0])
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value)
+
+
 def test_backward_hooks_of_the_adapter_are_called() -> None:
     model, x, g = layer(), torch.randn(6, 12).double(), torch.randn(6, 20).double()
     celora.attach(model, FUSED)

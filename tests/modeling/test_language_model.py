@@ -43,8 +43,13 @@ CHANGES = pytest.mark.parametrize(
         (lambda m: _bias(m.base_model.model.lm_head).requires_grad_(), "head is trained"),
         (lambda m: setattr(m.base_model.model, "loss_function", lambda **_: torch.zeros(())), "loss of its own"),
         (lambda m: m.base_model.model.lm_head.register_forward_hook(lambda *_: None), "as its head"),
+        (lambda m: m.base_model.model.lm_head.register_full_backward_hook(lambda *_: None), "as its head"),
+        (
+            lambda m: m.base_model.model.register_forward_hook(lambda *_: None, with_kwargs=True),
+            "would see celora's arguments",
+        ),
     ],
-    ids=["trained", "bias", "loss", "hooked"],
+    ids=["trained", "bias", "loss", "hooked", "hooked backward", "model hooked"],
 )
 
 
@@ -57,6 +62,31 @@ def test_heads_that_are_not_taken_over(change: Any, reason: str) -> None:
     assert any(reason in note for note in report.notes)
     output = model(**batch)
     assert output.logits is not None
+    torch.testing.assert_close(output.loss, expected)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_hook_that_changes_the_labels_works(when: str) -> None:
+    """Before celora's own it gets the user's arguments. After that, the model computes its own loss."""
+
+    def halve(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        labels = kwargs["labels"].clone()
+        labels[:, ::2] = -100
+        return args, kwargs | {"labels": labels}
+
+    model, batch = make_model().train(), masked_batch()
+    handle = model.base_model.model.register_forward_pre_hook(halve, with_kwargs=True)
+    expected = model(**batch).loss
+    if when == "after":
+        handle.remove()
+    celora.attach(model, "exact")
+    if when == "before":
+        output = model(**batch)
+        assert output.logits is None
+    else:
+        model.base_model.model.register_forward_pre_hook(halve, with_kwargs=True)
+        with pytest.warns(UserWarning, match=r"a hook \(halve\) that would see celora's arguments of the call by now"):
+            output = model(**batch)
     torch.testing.assert_close(output.loss, expected)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import warnings
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import celora
-from celora.modeling import packing
+from celora.modeling import onlookers, packing
 from decoders import model_of
 from labelled import gradients, ragged
 from patching import patch_all
@@ -83,15 +84,80 @@ def test_forwards_that_may_look_at_the_shape_of_a_batch_keep_its_padding(change:
     assert (gradient - expected).norm() < OF_GRADIENT * expected.norm()
 
 
-def test_a_linear_layer_of_another_kind_does_not_count() -> None:
-    """Such as those of quantisation packages that nobody here has heard of."""
-    model = model_of("llama")
-    layer: Any = nn.Sequential()
-    model.base_model.model.model.layers[0].mlp.act_fn = layer
-    layer.forward = lambda x: nn.functional.silu(x)
-    assert any("act_fn is test_onlookers" in note for note in celora.attach(model, "exact").notes)
-    layer.in_features = 1
-    assert not any("Padding stays" in note for note in celora.attach(model, "exact").notes)
+class _OneScale(nn.Linear):
+    """Its scale is that of the whole batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * x.detach().abs().max()
+
+
+@pytest.mark.parametrize("where", ["up_proj", "down_proj"])
+@pytest.mark.parametrize("how", ["of its class", "replaced"])
+def test_a_linear_layer_of_another_kind_keeps_the_padding(where: str, how: str) -> None:
+    """One that carries an adapter, or none; but not one of a package that quantises."""
+    model, batch = model_of("llama"), ragged([11, 4, 7, 1])
+    layer: Any = getattr(model.base_model.model.model.layers[0].mlp, where)
+    layer = getattr(layer, "base_layer", layer)
+    if how == "replaced":
+        layer.forward = functools.partial(_OneScale.forward, layer)
+        layer.__class__ = type("Linear", (_OneScale,), {"forward": nn.Linear.forward})
+    else:
+        layer.__class__ = _OneScale
+    loss, expected = gradients(model, batch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert any("Padding stays" in note for note in celora.attach(model, "exact").notes)
+    found, gradient = gradients(model, batch)
+    assert found == pytest.approx(loss, rel=1e-6)
+    assert (gradient - expected).norm() < OF_GRADIENT * expected.norm()
+
+
+def test_a_linear_layer_of_a_package_that_quantises_does_not_count() -> None:
+    code: dict[str, Any] = {"__name__": "gptqmodel.nn_modules.qlinear"}
+    exec("def forward(self, x): return x @ self.weight.T", code)
+    module: Any = type("TorchQuantLinear", (nn.Linear,), {"forward": code["forward"]})(2, 2)
+    assert onlookers.unknown_forward(module) == ""
+    module.forward = lambda x: x
+    assert "the forward of {} is test_onlookers.<lambda>" in onlookers.unknown_forward(module)
+
+
+def _clipped(module: nn.Module, into: Any, out: Any) -> Any:
+    return (
+        (into[0] / (1 + into[0].norm(dim=1, keepdim=True)),)
+        if isinstance(into, tuple) and into[0] is not None
+        else None
+    )
+
+
+@pytest.mark.parametrize("where", ["model.layers.1", "model.norm", "model.layers.0.mlp.up_proj"])
+def test_backward_hooks_keep_the_padding(where: str) -> None:
+    model, batch = model_of("llama"), ragged([11, 4, 7, 1])
+    model.base_model.model.get_submodule(where).register_full_backward_hook(_clipped)
+    loss, expected = gradients(model, batch)
+    celora.attach(model, "exact")
+    with pytest.warns(UserWarning, match=r"has a backward hook \(_clipped\)"):
+        found, gradient = gradients(model, batch)
+    assert found == pytest.approx(loss, rel=1e-6)
+    assert (gradient - expected).norm() < OF_GRADIENT * expected.norm()
+
+
+def test_hooks_of_all_modules_keep_the_padding() -> None:
+    model, batch = model_of("llama"), ragged([11, 4, 7, 1])
+
+    def later(module: nn.Module, args: Any, output: Any) -> Any:
+        return output * (1 + output.shape[1]) if type(module).__name__ == "LlamaMLP" else None
+
+    handle = nn.modules.module.register_module_forward_hook(later)
+    try:
+        loss, expected = gradients(model, batch)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # no layer is estimated
+            assert any("hooks of all modules" in note for note in celora.attach(model, "exact").notes)
+        found, gradient = gradients(model, batch)
+    finally:
+        handle.remove()
+    assert found == pytest.approx(loss, rel=1e-6)
+    assert (gradient - expected).norm() < OF_GRADIENT * expected.norm()
 
 
 def _alora(**settings: Any) -> LoraConfig:

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo import compiled_autograd
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.nn import functional as F
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
@@ -32,6 +34,50 @@ def results(function: Callable[..., Tensor], *given: Tensor) -> list[Tensor]:
     y = function(*given)
     grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(5)).to(y.dtype)
     return [y.detach(), *torch.autograd.grad(y, given, grad)]
+
+
+class _Summed(torch.autograd.Function):
+    """A gradient that is on its way from other processes, as layers of Megatron's kind return it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return AsyncCollectiveTensor(grad)
+
+
+PASSES: list[tuple[Callable[..., Tensor], list[Tensor]]] = [
+    (lambda x: rms_norm(x, torch.ones(64), 1e-6), [torch.randn(5, 64)]),
+    (gated, [torch.randn(5, 64), torch.randn(5, 64)]),
+    (lambda x: rotated(x, torch.randn(1, 3, 64), torch.ones(1, 3, 64)), [torch.randn(2, 2, 3, 64)]),
+]
+
+
+@pytest.mark.parametrize(("function", "given"), PASSES, ids=["norm", "gate", "rotation"])
+def test_gradients_on_their_way_are_waited_for(function: Callable[..., Tensor], given: list[Tensor]) -> None:
+    torch.manual_seed(0)
+    expected = results(function, *given)
+    torch.manual_seed(0)
+    for ours, theirs in zip(results(lambda *x: _Summed.apply(function(*x)), *given), expected, strict=True):
+        assert ours.equal(theirs)
+
+
+@pytest.mark.parametrize(("function", "given"), PASSES, ids=["norm", "gate", "rotation"])
+def test_compiled_autograd(function: Callable[..., Tensor], given: list[Tensor]) -> None:
+    """The forward is not traced, its backward is: the kernels run all the same."""
+    torch.manual_seed(0)
+    expected = results(function, *given)[1:]
+    torch.manual_seed(0)
+    given = [x.detach().requires_grad_() for x in given]
+    y = function(*given)
+    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(5))
+    with compiled_autograd._enable(torch.compile(backend="eager")):
+        y.backward(grad)
+    for x, theirs in zip(given, expected, strict=True):
+        assert x.grad is not None
+        assert x.grad.equal(theirs)
 
 
 def check(ours: list[Tensor], theirs: list[Tensor], exact: list[Tensor], *, terms: int = 0) -> None:

@@ -55,6 +55,30 @@ def user(text):
     return {"role": "user", "content": text}
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{"num_return_sequences": 2, "do_sample": True}, {"return_dict_in_generate": True},
+     {"num_beams": 2}],
+    ids=str,
+)  # fmt: skip
+def test_settings_of_the_model_that_make_no_single_answer(settings, trained, monkeypatch):
+    """What `generation_config.json` may ask for."""
+    for name, value in settings.items():
+        monkeypatch.setattr(trained.model.generation_config, name, value)
+    (made,) = generate(trained, [[5, 6]], replace(GREEDY, temperature=None))
+    assert made.dim() == 1
+    assert isinstance(Conversation(trained, replace(GREEDY, temperature=None)).ask("w1"), str)
+
+
+@pytest.mark.parametrize("settings", [{"do_sample": True, "temperature": 0.0}, {"stop_strings": ["w3"]}], ids=str)
+def test_settings_of_the_model_that_do_not_work(settings, trained, monkeypatch):
+    """Transformers finds no pieces of a stop string in a tokenizer of whole words."""
+    for name, value in settings.items():
+        monkeypatch.setattr(trained.model.generation_config, name, value)
+    with pytest.raises(CELoraError, match=r"generation_config.json and these options do not work: "):
+        generate(trained, [[5, 6]], replace(GREEDY, temperature=None))
+
+
 def test_a_conversation_is_streamed_and_remembered(trained, stock):
     talk, pieces = Conversation(trained, GREEDY, system="w3"), []
     first = talk.ask(PROMPTS[0], pieces.append)

@@ -55,6 +55,21 @@ def test_the_merged_model_answers_as_the_adapted_one(name, tied, tokenizer, tmp_
     assert AutoTokenizer.from_pretrained(tmp_path / "new").get_vocab() == tokenizer.get_vocab()
 
 
+def test_a_checkpoint_without_the_models_prefix(tokenizer, tmp_path):
+    """As that of a bare model, which many families have."""
+    model = adapted(tied=True, **SETTINGS["all"] if "all" in SETTINGS else next(iter(SETTINGS.values())))
+    expected = logits(model)
+    adapter = SavedAdapter(save(model, tmp_path / "adapter"))
+    base = base_of(tmp_path / "base", tied=True)
+    tensors = load_file(base / "model.safetensors")
+    save_file({k.removeprefix("model."): v for k, v in tensors.items()}, base / "model.safetensors", {"format": "pt"})
+    (tmp_path / "new").mkdir()
+    write_folder(tmp_path / "new", base, adapter, tokenizer)
+    torch.testing.assert_close(
+        logits(AutoModelForCausalLM.from_pretrained(tmp_path / "new")), expected, rtol=1e-4, atol=1e-5
+    )
+
+
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 def test_tied_is_what_the_models_class_says(tokenizer, tmp_path):
     """Gemma's embeddings are tied unless its config.json says otherwise, and Transformers leaves defaults out."""

@@ -48,6 +48,11 @@ def test_the_peak_is_what_is_there_together() -> None:
     assert peak_bytes(COST, MODEL, ROWS, 2, checkpointing=True) == checkpointed
 
 
+def test_a_table_that_trains_is_a_copy_with_its_gradient_and_moments() -> None:
+    both = peak_bytes(COST, replace(MODEL, trained_tables=2), ROWS, 2, checkpointing=True)
+    assert both - peak_bytes(COST, MODEL, ROWS, 2, checkpointing=True) == 2 * 4 * 5 * 4 * 4
+
+
 def test_a_refresh_de_quantises_a_weight_in_8_bits() -> None:
     held = replace(COST, dense=100_000)
     grown = peak_bytes(held, MODEL, ROWS, 2, checkpointing=True) - peak_bytes(COST, MODEL, ROWS, 2, checkpointing=True)

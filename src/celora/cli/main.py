@@ -67,11 +67,16 @@ def main(arguments: Sequence[str] | None = None, *, began: float | None = None) 
 
 def _check_once(given: Sequence[str]) -> None:
     """Of a setting that is given twice, the last counts. But nobody means to leave out a file."""
-    names = [argument.partition("=")[0].replace("_", "-") for argument in given]
-    for name in ("--data", "--eval-data", "--model"):
-        if (times := names.count(name)) > 1:
-            several = " (a folder may hold several files)" if name != "--model" else ""
-            raise CELoraError(f"{name} is given {times} times; give it once{several}")
+    from celora.train.request.fields import ALIASES
+
+    written = [argument.partition("=")[0][2:].replace("-", "_") for argument in given if argument.startswith("--")]
+    for name in ("data", "eval_data", "model", "output"):
+        forms = [form for form in written if ALIASES.get(form, form) == name]
+        if len(forms) > 1:
+            others = [f"--{form}" for form in dict.fromkeys(forms) if form != name]
+            also = f" (also as {' and '.join(others)})" if others else ""
+            several = " (a folder may hold several files)" if name.endswith("data") else ""
+            raise CELoraError(f"--{name.replace('_', '-')}{also} is given {len(forms)} times; give it once{several}")
 
 
 @functools.cache

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from celora.borrowed import borrow
+
 _CPUINFO = Path("/proc/cpuinfo")
 _LIMITS = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "CELORA_KERNELS")
 
@@ -113,8 +115,14 @@ def _capabilities() -> dict[str, Any]:
 
 @functools.cache  # oneDNN looks once, too
 def matrix_instructions() -> bool:
-    """Whether oneDNN multiplies with AMX: this CPU has it, and `ONEDNN_MAX_CPU_ISA` does not keep oneDNN from it."""
-    return features()["amx_tile"] and _onednn_may("AMX")
+    """Whether oneDNN multiplies with AMX: this CPU has it, and neither Linux nor `ONEDNN_MAX_CPU_ISA` forbids it."""
+    return features()["amx_tile"] and _tiles_are_permitted() and _onednn_may("AMX")
+
+
+def _tiles_are_permitted() -> bool:
+    """Whether Linux lets this process use tiles. One before 5.16 does not, whatever the CPU has."""
+    ask = borrow("torch.cpu:_init_amx") if platform.system() == "Linux" else None
+    return ask is None or bool(ask())
 
 
 @functools.cache

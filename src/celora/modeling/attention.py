@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface
 
 from celora.borrowed import borrow
@@ -27,6 +26,7 @@ from celora.modeling import varlen
 from celora.modeling.graft import in_dispatch_mode
 from celora.modeling.hooks import Hook
 from celora.modeling.own_forward import OwnForward
+from celora.numerics.passes import ready, untraced
 
 ATTENTION = "celora_packed_sdpa"
 LENGTHS = "celora_lengths"
@@ -266,9 +266,9 @@ class _Tiled(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
+    @untraced
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+        grad = grad if type(grad) is Tensor and grad.stride(-1) == 1 else ready(grad)
         query, key, value, *known = ctx.saved_tensors
         if not known:
             query, key, value = (t.to(grad.dtype) for t in (query, key, value))

@@ -119,8 +119,7 @@ class LayerGraft(Measured, Hook):
                 self.needed = bool(self.needed) or x.requires_grad
             now = identity(module)
             same = self._tried is not None and all(map(operator.is_, now, self._tried))
-            # A tensor without data, for example of a tool that computes shapes, cannot be tried.
-            if not same and (type(x) is Tensor or not in_dispatch_mode()):
+            if not same and has_numbers(x):
                 unseen = _unseen()
                 if unseen is None:
                     return False
@@ -181,7 +180,7 @@ class LayerGraft(Measured, Hook):
         return True
 
     def mode_for(self, mode: Mode, witness: Tensor, weight: Tensor | None) -> Mode:
-        """`mode`, or exact for a gradient that cannot be estimated: without tokens, not finite, or about to overflow.
+        """`mode`, or exact for a gradient that cannot be estimated: without numbers, not finite, or about to overflow.
 
         Args:
             witness: (T, n), the gradient or a product of it. It is not finite if the gradient is not.
@@ -192,7 +191,7 @@ class LayerGraft(Measured, Hook):
         """
         if isinstance(weight, DTensor):
             return mode
-        if mode is Mode.EXACT or not witness.numel():
+        if mode is Mode.EXACT or not witness.numel() or not has_numbers(witness):
             return Mode.EXACT
         free = reads_freely(witness.device) and not torch.compiler.is_compiling()
         if free and self._is_astray():  # where the model computes its own loss, only the backward knows
@@ -279,6 +278,11 @@ def in_dispatch_mode() -> bool:
     """Whether something observes every operator. True if torch does not tell."""
     found = borrow("torch.utils._python_dispatch:is_in_torch_dispatch_mode")
     return found is None or bool(found())
+
+
+def has_numbers(tensor: Tensor) -> bool:
+    """Whether it has values to look at. One of a tool that computes shapes has none."""
+    return type(tensor) is Tensor or not in_dispatch_mode()
 
 
 def _unseen() -> AbstractContextManager[object] | None:

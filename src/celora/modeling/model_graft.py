@@ -40,7 +40,7 @@ from celora.modeling.call import (
 )
 from celora.modeling.compiled import is_compiled
 from celora.modeling.eight_bit import EightBitHead
-from celora.modeling.graft import in_dispatch_mode, scripted
+from celora.modeling.graft import has_numbers, in_dispatch_mode, scripted
 from celora.modeling.hooks import Hook, nothing, settle_all
 from celora.modeling.language_model import LanguageModel, at_hand, language_model, not_ours
 from celora.modeling.others import fused_head, trainer_wants_logits
@@ -132,7 +132,7 @@ class ModelGraft(Measured, Hook):
         given = dict(zip(names, args, strict=False)) | kwargs
         # With smoothing, a call in evaluation counts, too, because Trainer's smoother also smooths there.
         labels, trains = given.get("labels"), torch.is_grad_enabled() and (module.training or self.smoothing > 0)
-        if not isinstance(labels, Tensor) or not (trains or given.get(TRL)):
+        if not isinstance(labels, Tensor) or not has_numbers(labels) or not (trains or given.get(TRL)):
             return None
         if (reason := self._not_here(causal, given, labels)) is not None:
             self._leave(reason)

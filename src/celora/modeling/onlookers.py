@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +28,9 @@ def _may_look(hook: Any) -> str:
 
 
 # Forwards of these packages know packed sequences where celora packs, or compute every token alone.
-_KNOWN = {*_BLIND, "celora", "hqq", "liger_kernel", "peft", "torchao"}
+_QUANTISE = ("aqlm", "auto_gptq", "auto_round", "awq", "compressed_tensors", "eetq", "gptqmodel", "hqq", "optimum",
+             "torchao", "vptq")  # fmt: skip
+_KNOWN = {*_BLIND, *_QUANTISE, "celora", "liger_kernel", "peft"}
 
 
 def _unknown(forward: Callable[..., Any] | None) -> str:
@@ -42,13 +45,12 @@ _unknown_of_class = functools.cache(_unknown)  # never of a function that holds 
 def unknown_forward(module: nn.Module) -> str:
     """Why batches keep their padding because of this module's forward, with {} in place of its name; or ''.
 
-    A layer with `in_features`, as quantisation packages have them, computes each token by itself. So does one whose
-    kernel Transformers takes from the hub.
+    A layer whose kernel Transformers takes from the hub computes each token by itself.
     """
     own = vars(module).get("forward")
     of_class = getattr(type(module), "forward", None)  # TorchScript's modules have none
     found = _unknown_of_class(of_class) if own is None else _unknown(function_of(own))
-    if not found or hasattr(module, "in_features") or hasattr(type(module), "kernel_layer_name"):
+    if not found or (own is None and hasattr(type(module), "kernel_layer_name")):
         return ""
     return f"the forward of {{}} is {found}, which may depend on a batch's shape"
 
@@ -60,9 +62,21 @@ def may_look_at_shapes(module: nn.Module) -> str:
     anything.
     """
     first = module._forward_pre_hooks.values()
+    backward = *module._backward_hooks.values(), *module._backward_pre_hooks.values()
     if is_attention(module) and not any(isinstance(getattr(hook, "__self__", None), Lookup) for hook in first):
         return "{} was not there when celora was attached"
-    for hook in (*module._forward_hooks.values(), *first):
+    for hook in (*module._forward_hooks.values(), *first, *backward):
         if not is_ours(hook) and (called := _may_look(hook)):
-            return f"{{}} has a forward hook ({called}) that may depend on a batch's shape"
+            kind = "backward" if hook in backward else "forward"
+            return f"{{}} has a {kind} hook ({called}) that may depend on a batch's shape"
     return ""
+
+
+def would_see(module: nn.Module) -> str:
+    """The name of a hook that would get celora's arguments of a call in place of the caller's; '' if there is none.
+
+    A pre-hook gets what the hooks before it returned; a forward hook with `kwargs` gets what the module did.
+    """
+    later = itertools.dropwhile(lambda hook: not is_ours(hook), module._forward_pre_hooks.values())
+    after = (module._forward_hooks[key] for key in module._forward_hooks_with_kwargs if key in module._forward_hooks)
+    return next((name for hook in (*later, *after) if not is_ours(hook) and (name := _may_look(hook))), "")

@@ -23,6 +23,7 @@ from celora.modeling.compiled import is_compiled
 from celora.modeling.families import family_of
 from celora.modeling.onlookers import unknown_forward
 from celora.modeling.others import name_of
+from celora.modeling.trial import watched_everywhere
 from celora.numerics.select import grain
 
 _LEAST_SAVING = 0.05  # share of the tokens; below, varying shapes cost more than they save, unless attention gains
@@ -162,6 +163,8 @@ def cannot_pack(model: nn.Module, look: Callable[[nn.Module], str] = lambda modu
     name = implementation(config)
     if name not in family.packs_with:
         return f"not with attn_implementation={name!r}"
+    if watched_everywhere():
+        return "hooks of all modules may depend on a batch's shape"
     if name == "sdpa" and not plain():
         return "attn_implementation='sdpa' is not Transformers' own"
     if by := other_masks(model):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,17 @@ from torch.autograd.function import once_differentiable
 
 from celora.kernels import operations
 from celora.numerics.saved import Saving
+
+
+def untraced(backward: Callable[..., Any]) -> Any:
+    """`once_differentiable` of a backward by kernels, which cannot be traced where autograd itself is compiled."""
+    return once_differentiable(torch.compiler.disable(backward))
+
+
+def ready(grad: Tensor) -> Tensor:
+    """A gradient as the kernels take it: in rows, and arrived, if it was on its way from other processes."""
+    grad = grad.contiguous()
+    return grad if type(grad) is Tensor else grad.clone()
 
 
 def rms_norm(
@@ -40,11 +52,11 @@ class _RMSNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @untraced
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, inverse, *saved = ctx.saved_tensors
         (x,) = ctx.saving.restore(*saved)
-        found = operations.rms_norm_backward(grad.contiguous(), x, weight, inverse, offset=ctx.offset)
+        found = operations.rms_norm_backward(ready(grad), x, weight, inverse, offset=ctx.offset)
         return found, None, None, None, None, None
 
 
@@ -66,10 +78,10 @@ class _Gated(torch.autograd.Function):
         return operations.gated(gate, up)
 
     @staticmethod
-    @once_differentiable
+    @untraced
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saving.restore(*ctx.saved_tensors)
-        return *operations.gated_backward(grad.contiguous(), gate, up), None
+        return *operations.gated_backward(ready(grad), gate, up), None
 
 
 def rotated(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
@@ -88,6 +100,6 @@ class _Rotated(torch.autograd.Function):
         return operations.rotate(x.contiguous(), cosine, sine, transposed=False)
 
     @staticmethod
-    @once_differentiable
+    @untraced
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return operations.rotate(grad.contiguous(), *ctx.saved_tensors, transposed=True), None, None
+        return operations.rotate(ready(grad), *ctx.saved_tensors, transposed=True), None, None

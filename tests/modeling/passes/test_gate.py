@@ -53,6 +53,18 @@ def test_a_forward_that_rounds_otherwise_is_another_one() -> None:
     assert not multiplies(in_float32, torch.bfloat16)
 
 
+def test_a_forward_that_asks_for_more_than_its_parts_is_another_one() -> None:
+    """What the trial's block lacks, the model's may have."""
+
+    def limited(m: Any, x: Tensor) -> Tensor:
+        gate = m.act_fn(m.gate_proj(x))
+        limit = getattr(m, "limit", None)
+        found: Tensor = m.down_proj((gate if limit is None else gate.clamp(max=limit)) * m.up_proj(x))
+        return found
+
+    assert not multiplies(limited)
+
+
 def test_which_activations_are_silu() -> None:
     class Louder(nn.SiLU):
         def forward(self, x: Tensor) -> Tensor:

@@ -86,9 +86,11 @@ def _private() -> Path:
 def _built(compiler: str, folder: Path) -> ctypes.CDLL:
     """Load what `folder` has, or compile into it, under a name that says what it was made of and for."""
     system, architecture = platform.system(), platform.machine()
+    real = Path(compiler).resolve()
+    version = f"{real} {real.stat().st_size} {real.stat().st_mtime_ns}"  # a newer one may know more instructions
     made_of = [
         *(file.read_text(encoding="utf-8") for file in sorted(SOURCES.glob("*.[ch]"))),
-        *(compiler, system, architecture, *FLAGS, str(tiers(architecture, system))),
+        *(version, system, architecture, *FLAGS, str(tiers(architecture, system))),
     ]
     made = folder / f"kernels-{hashlib.sha256('|'.join(made_of).encode()).hexdigest()[:16]}.so"
     if made.is_file() and trusted(made):

@@ -6,7 +6,9 @@ import struct
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
+from celora.errors import CELoraError
 from celora.kernels.c.tier import Kernels, load
 
 # A slot for each argument, in the order of the C function's: P a pointer, q a whole number, d a number.
@@ -50,19 +52,36 @@ _NUMBERS = {  # return one
     "attention_work": "qqq",
 }
 _SLOTS = {name: struct.Struct(slots) for name, slots in (_TYPED | _NUMBERS).items()}
+_IN_MEMORY = (Tensor, Parameter)
 _NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
 def supported(tensor: Tensor) -> bool:
-    """Whether the kernels can work on this tensor: on CPU, of a dtype they know, rows contiguous, not being traced."""
-    if torch.compiler.is_compiling() or tensor.device.type != "cpu" or tensor.dtype not in _NAMES:
+    """Whether the kernels can work on this tensor: on CPU, of a dtype they know, rows contiguous, not being traced.
+
+    They read memory. A tensor of another class may have none, or has it elsewhere.
+    """
+    if torch.compiler.is_compiling() or type(tensor) not in _IN_MEMORY:
+        return False
+    if tensor.device.type != "cpu" or tensor.dtype not in _NAMES or tensor.is_neg():
         return False
     return tensor.stride(-1) == 1 and library() is not None
 
 
 def known(tensor: Tensor) -> Tensor:
-    """The tensor as the kernels take it: itself or, in a dtype or layout that they do not know, a float32 copy."""
-    return tensor if supported(tensor) else tensor.float().contiguous()
+    """The tensor as the kernels take it: itself or, in a dtype or layout that they do not know, a float32 copy.
+
+    Raises:
+        CELoraError: the tensor has no memory, for example that of a tool that computes shapes.
+    """
+    if supported(tensor):
+        return tensor
+    copy = tensor.resolve_neg().float().contiguous()
+    if type(copy) not in _IN_MEMORY:
+        copy = copy.clone()  # of a tensor that is on its way from other processes
+    if type(copy) not in _IN_MEMORY:
+        raise CELoraError(f"celora's kernels need numbers, and got a {type(copy).__name__}, which has none.")
+    return copy
 
 
 def library() -> Kernels | None:

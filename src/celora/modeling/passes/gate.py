@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from celora.modeling import families
@@ -61,10 +60,21 @@ def _watched(activation: nn.Module) -> bool:
 def multiplies(forward: Callable[..., Any], dtype: torch.dtype = torch.float32, parts: families.Gate = _LLAMA) -> bool:
     """Whether a block's forward computes `down_proj(act_fn(gate_proj(x)) * up_proj(x))` in this dtype.
 
-    The trial uses a block with only these four parts, under the names in `parts`. A forward that needs anything else
+    The trial uses a block with only these four parts, under the names in `parts`. A forward that asks for anything else
     fails it.
     """
-    functions = {parts.gate: torch.sin, parts.up: torch.cos, parts.down: torch.sinh, parts.activation: F.silu}
-    block = SimpleNamespace(**functions)
+    block = _Parts({parts.gate: torch.sin, parts.up: torch.cos, parts.down: torch.sinh, parts.activation: F.silu})
     x = numbers(1, 3, 4).to(dtype)
-    return gives(lambda: forward(block, x), (F.silu(x.sin()) * x.cos()).sinh())
+    return gives(lambda: forward(block, x), (F.silu(x.sin()) * x.cos()).sinh()) and not block.lacked
+
+
+class _Parts:
+    """A block that notes what it was asked for beside its parts."""
+
+    def __init__(self, parts: dict[str, Callable[[Tensor], Tensor]]) -> None:
+        self.lacked: list[str] = []
+        vars(self).update(parts)
+
+    def __getattr__(self, name: str) -> Any:
+        self.lacked.append(name)
+        raise AttributeError(name)

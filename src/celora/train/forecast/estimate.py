@@ -292,18 +292,26 @@ def _rows(everything: Any, config: Any, build: Callable[[Any, Any], Any]) -> tup
         rows = everything.select(np.linspace(0, count - 1, _SAMPLE).astype(int).tolist())
     trainer = trainer_of(rows)
     lengths = longest = row_lengths(trainer.train_dataset)
+    times = count / len(rows)
     if rows is not everything:
         characters = np.array([len(json.dumps(row)) for row in everything])
         long = trainer_of(everything.select(np.argsort(-characters)[:_LONGEST].tolist()))
-        longest = np.concatenate([lengths, row_lengths(long.train_dataset)])
-    times = count / len(rows)
+        longest = np.concatenate([np.repeat(lengths, math.ceil(times)), row_lengths(long.train_dataset)])
     found = Rows(
         count=max(1, round(len(lengths) * times)),
         tokens=round(int(lengths.sum()) * times),
         labelled=round(learnt_tokens(trainer.train_dataset)[0] * times),
-        longest=tuple(int(n) for n in sorted(longest, reverse=True)[:1024]),
+        longest=tuple(np.sort(longest)[::-1].tolist()),
     )
     return found, rows, " ".join(truncation_lines(trainer, rows))
+
+
+def _trained_tables(request: TrainRequest, bare: Any) -> int:
+    """How many of embedding and head `lora_modules_to_save` names."""
+    tables = bare.get_input_embeddings(), bare.get_output_embeddings()
+    names = [f".{name}" for name, module in bare.named_modules() if module in tables]
+    saved = tuple(f".{target}" for target in request.lora["lora_modules_to_save"] or ())
+    return sum(name.endswith(saved) for name in names)
 
 
 def _all_ways(
@@ -320,7 +328,7 @@ def _all_ways(
     tables = 1 if text.tie_word_embeddings else 2
     model = Model(
         int(text.num_hidden_layers), int(text.hidden_size), mlp_width(bare), int(text.vocab_size),
-        block_numbers(bare), min(WORDS, int(text.vocab_size)), tables, stored,
+        block_numbers(bare), min(WORDS, int(text.vocab_size)), tables, stored, _trained_tables(request, bare),
     )  # fmt: skip
     on = bool(getattr(args, "activation_checkpointing", None) or args.gradient_checkpointing)
     both = bare.supports_gradient_checkpointing and not request.asks_for_checkpointing

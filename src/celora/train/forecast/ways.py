@@ -44,6 +44,7 @@ class Model:
         stand_in_words: words in the vocabulary of the stand-in that was measured.
         tables: number of matrices with a row for each word: the embedding, and the head if it is not the same.
         stored: bytes of a number in the checkpoint.
+        trained_tables: how many of those matrices train as a whole, each a copy beside the frozen one.
     """
 
     blocks: int
@@ -54,6 +55,7 @@ class Model:
     stand_in_words: int
     tables: int
     stored: int
+    trained_tables: int = 0
 
 
 @dataclass(frozen=True)
@@ -137,11 +139,11 @@ def ways_of(
 
 def peak_bytes(cost: Cost, model: Model, rows: Rows, batch: int, *, checkpointing: bool) -> float:
     """Bytes at the peak, without what the process has before."""
-    tables = (model.words - model.stand_in_words) * model.hidden * cost.itemsize * model.tables
-    weights = _whole(cost.weights, model) + tables
+    table = (model.words - model.stand_in_words) * model.hidden * cost.itemsize  # of what the stand-in's lack
+    weights = _whole(cost.weights, model) + table * model.tables
     loading = weights + (weights / cost.itemsize * model.stored if model.stored != cost.itemsize else 0)
     copies = _whole(cost.copies, model) + (model.words * model.hidden if cost.head_in_8_bits else 0)
-    held = weights + _ADAMW * _whole(cost.trained, model) + copies
+    held = weights + _ADAMW * (_whole(cost.trained, model) + table * model.trained_tables) + copies
     lengths = rows.longest[:batch]
     tokens = sum(lengths) * (_ROUNDED if len(lengths) > 1 else 1) if cost.packed else len(lengths) * lengths[0]
     kept = kept_bytes(cost, model, checkpointing=checkpointing)

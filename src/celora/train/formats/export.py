@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 import celora
 from celora.errors import CELoraError, unknown
 from celora.files import replacing_folder
+from celora.train.formats.gguf_file import read_header
 from celora.train.formats.merged_folder import base_folder, write_folder
 from celora.train.formats.mlx_lora import write_mlx
 from celora.train.formats.saved_adapter import PREFIX, SavedAdapter
@@ -84,6 +85,8 @@ def export(
         raise CELoraError(f"--outtype {outtype} is for a merged GGUF file; give --merged --to gguf, or leave it out")
     if gguf is not None and not gguf.is_file():
         raise CELoraError(f"--gguf {str(gguf)!r}: no such file; give the base model as a GGUF file, or leave it out")
+    if gguf is not None:
+        read_header(gguf)  # raises CELoraError if it is no GGUF file
     beside = folder if folder.name.strip(".") else folder.resolve()  # the folder may be ".", which has no name
     output = output or beside.with_name(f"{folder.resolve().name}{'-merged' if merged else ''}-{to}")
     _check_output(output, overwrite=overwrite)

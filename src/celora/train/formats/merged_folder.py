@@ -57,9 +57,12 @@ def write_folder(folder: Path, base: Path, adapter: SavedAdapter, tokenizer: Any
     text = AutoConfig.from_pretrained(base, trust_remote_code=False).get_text_config()
     tied = bool(getattr(text, "tie_word_embeddings", False))
     untied = tied and not {_EMBEDDING, _HEAD}.isdisjoint(adapter.touched)
-    merged = ((name, adapter.merged(name, tensor)) for name, tensor in _with_head(_tensors(base), untied))
+    # The checkpoint of a bare model lacks the prefix of the model around it.
+    bare = {name.partition(".")[2]: name for name in adapter.touched}
+    tensors = _with_head(_tensors(base), untied)
+    merged = ((name, adapter.merged(bare.get(name, name), tensor)) for name, tensor in tensors)
     names = write_shards(folder, merged, _MOST_BYTES)
-    if rest := adapter.touched - names:
+    if rest := adapter.touched - {bare.get(name, name) for name in names}:
         raise CELoraError(
             f"{min(rest)!r}, which the adapter changes, is not in the base model in {str(base)!r}: this is another one"
         )

@@ -169,9 +169,16 @@ def generate(
     inputs = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side="left").to(model.device)
     mask = pad_sequence(ones, batch_first=True, padding_side="left").to(model.device)
     arguments = sampling.arguments() | {"max_new_tokens": room, "pad_token_id": pad, "eos_token_id": ends or None}
+    # One answer to a prompt, as numbers, whatever the model's generation_config.json asks for.
+    arguments |= {"num_return_sequences": 1, "return_dict_in_generate": False, "tokenizer": tokenizer}
+    if streamer is not None:
+        arguments["num_beams"] = 1
     set_seed(sampling.seed)
     with torch.inference_mode(), _adapter(model, off=base):
-        made = model.generate(input_ids=inputs, attention_mask=mask, streamer=streamer, **arguments)
+        try:
+            made = model.generate(input_ids=inputs, attention_mask=mask, streamer=streamer, **arguments)
+        except ValueError as error:  # Transformers', of settings that it refuses
+            raise CELoraError(f"the model's generation_config.json and these options do not work: {error}") from error
     return list(made[:, inputs.shape[1] :])
 
 
