@@ -15,9 +15,10 @@ adapter. Arms:
 `python -m benchmarks.learning.quality run` trains and judges missing runs, one by one, into `quality.jsonl`. It can be
 stopped and started again at any time. `python -m benchmarks.learning.quality time` measures the steps of the arms in
 turns, on an otherwise idle machine, into `quality-time.jsonl`: all times of a task come from one call. So does
-`... quality command`, for the arms of the whole command's time, into `quality-command.jsonl`; it also runs a command of
-one step for each arm, `auto` with an empty cache of measurements. The arms of equal time need these times; until then
-`run` leaves them out.
+`... quality command`, for the arms of the whole command's time, into `quality-command.jsonl`. It also runs a command of
+one step for each arm, once a task, with the rows of 50 steps for LoRA, of 150 for the others, and for `auto` with an
+empty cache of measurements. What counts of these is the median over the tasks. So all tasks are timed before any is
+trained. The arms of equal time need their times; until then `run` leaves them out.
 """
 
 from __future__ import annotations
@@ -143,13 +144,24 @@ def steps_in_the_time(task: str) -> dict[str, int]:
     A command of n steps takes the time of a command of one step, and n - 1 steps. The former differs little between
     tasks: its median counts.
     """
-    found, budget = rows.found(COMMANDS), steps_in_autos_time(task)
-    step = {row["arm"]: row["time_ms"] / 1000 for row in found if row["task"] == task}
-    first = {arm: statistics.median(row["first_s"] for row in found if row["arm"] == arm) for arm in step}
-    for arm in step:
-        spared = first["LoRA"] - first[arm] + (WHOLE_STEPS - 1) * step["LoRA"]
-        budget[WHOLE[arm]] = WHOLE_STEPS if arm == "LoRA" else 1 + math.floor(spared / step[arm])
+    budget, timed = steps_in_autos_time(task), command_times(task)
+    for arm, (first, step) in timed.items():
+        spared = timed["LoRA"][0] - first + (WHOLE_STEPS - 1) * timed["LoRA"][1]
+        budget[WHOLE[arm]] = WHOLE_STEPS if arm == "LoRA" else 1 + math.floor(spared / step)
     return budget
+
+
+def command_times(task: str) -> dict[str, tuple[float, float]]:
+    """Seconds of a command of one step, and of each further step, by arm."""
+    found = rows.found(COMMANDS)
+    return {
+        row["arm"]: (
+            statistics.median(other["first_s"] for other in found if other["arm"] == row["arm"]),
+            row["time_ms"] / 1000,
+        )
+        for row in found
+        if row["task"] == task
+    }
 
 
 def run(tasks: list[str], arms: list[str], seeds: list[int], rates: list[float], say: Say) -> None:

@@ -105,13 +105,12 @@ def verdict() -> str:
 def whole_command() -> str:
     """`auto` by task against its rivals, when each command may take as long as fifty steps of LoRA."""
     found, timed = quality.found(), rows.found(quality.COMMANDS)
-    seconds = {(row["task"], row["arm"]): (row["first_s"], row["time_ms"] / 1000) for row in timed}
     body = []
     for task in quality_tasks.NAMES:
         by_arm = {arm: chosen(found, task, name) for arm, name in quality.WHOLE.items()}
         if min(map(len, by_arm.values())) < _ENOUGH:
             continue
-        first, step = seconds[task, "LoRA"]
+        first, step = quality.command_times(task)["LoRA"]
         cells = [task, f"{first + (quality.WHOLE_STEPS - 1) * step:.0f} s"]
         for arm in by_arm.values():
             one = arm[0]

@@ -36,6 +36,7 @@ NAMES: dict[str, str] = {
     "torch:ops.mkldnn._linear_pointwise": "float32 products are MKL's, which is slow on AMD's Zen 5",
     "torch:ops.onednn.qlinear_pointwise": "8-bit products without celora's own kernels are slower",
     "torch:ops.onednn.qlinear_prepack": "8-bit products without celora's own kernels are slower",
+    "torch._subclasses.fake_tensor:FakeTensor": "a tool that computes shapes may stop where celora reads a number",
     "torch.utils._python_dispatch:is_traceable_wrapper_subclass": "the memory of quantised and sharded tensors is not "
     "counted exactly",
     "transformers.loss.loss_utils:ForCausalLMLoss": "the loss is the model's own, with padding",

@@ -126,6 +126,7 @@ def _pretend(patch: pytest.MonkeyPatch, *, one_call: bool) -> None:
     patch_all(patch, "celora.modeling.trial:unlike", lambda module, seen=None: "")
     patch_all(patch, "celora.modeling.model_graft:known_by", lambda causal, given: NOTHING)
     patch_all(patch, "celora.modeling.graft:in_dispatch_mode", lambda: False)
+    patch_all(patch, "celora.modeling.graft:has_numbers", lambda tensor: True)
     patch_all(patch, "celora.modeling.fused:_FEWEST_TOKENS", 0)
     patch.setattr(plain, "why_no_integers", lambda device: "")
     patch.setattr(device, "_EXACT", device._EXACT | {DEVICE})

@@ -85,6 +85,11 @@ def test_who_has_a_hand_in_a_module() -> None:
     assert touched(module)
     assert not looked_at(module)
     handle.remove()
+    module._is_full_backward_hook = None
+    handle = module.register_backward_hook(_look)
+    assert looked_at(module)
+    handle.remove()
+    assert not looked_at(module)
     assert not touched(module)
     module.register_forward_hook(_look)
     assert touched(module)

@@ -61,6 +61,7 @@ def test_equals_the_formula(dtype: torch.dtype, size: int, kv_heads: int, scalin
         assert (t.grad - true.grad).norm() < allowed * true.grad.norm()
 
 
+@needs_kernel
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of torch's own tracing
 def test_compiled_autograd() -> None:
     """The forward is not traced, its backward is: the kernel runs all the same."""

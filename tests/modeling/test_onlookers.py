@@ -6,6 +6,7 @@ import functools
 import re
 import warnings
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import peft
@@ -119,6 +120,17 @@ def test_a_linear_layer_of_a_package_that_quantises_does_not_count() -> None:
     assert onlookers.unknown_forward(module) == ""
     module.forward = lambda x: x
     assert "the forward of {} is test_onlookers.<lambda>" in onlookers.unknown_forward(module)
+
+
+def test_a_kernel_of_the_hub_does_not_count() -> None:
+    """`kernels` binds the forward of its class to a module whose class names its kernel. Nobody else's does."""
+    module: Any = type("Norm", (nn.Module,), {"kernel_layer_name": "RMSNorm", "forward": lambda self, x: x})()
+    assert onlookers.unknown_forward(module) == ""
+    module.forward = MethodType(_Noise.forward, module)
+    assert onlookers.unknown_forward(module) == ""
+    for own in (lambda x: x, MethodType(lambda self, x: x, module)):
+        module.forward = own
+        assert "test_onlookers.<lambda>" in onlookers.unknown_forward(module)
 
 
 def _clipped(module: nn.Module, into: Any, out: Any) -> Any:

@@ -262,6 +262,7 @@ def test_a_mask_that_is_made_for_a_packed_batch_is_an_error() -> None:
         mask = torch.ones(3, 1, 11, 11, dtype=torch.bool)
         return args, {**kwargs, "attention_mask": mask}
 
+    sees_all.__module__ = "accelerate.hooks"  # of anybody else, the model's own loss would be used
     model.get_base_model().register_forward_pre_hook(sees_all, with_kwargs=True)  # after celora's own
     with pytest.raises(CELoraError, match="an attention mask of its own for a packed batch"):
         model(**batch)

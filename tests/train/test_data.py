@@ -67,10 +67,6 @@ def test_a_text_column_of_another_name(tmp_path: Path, load: Load) -> None:
     assert load(rows, text_field="content") == [{"text": "a"}, {"text": "b"}]
     with pytest.raises(CELoraError, match="columns 'content', 'id' are no known row"):
         load(rows)
-    chats = write(tmp_path / "chats.jsonl", {"messages": CHAT, "content": "a"})
-    with pytest.raises(CELoraError, match=r"chats.jsonl:1: there is no column 'contnet', .*, but 'content'"):
-        load(chats, text_field="contnet")
-    assert load(chats, text_field="story") == [{"messages": CHAT}]  # as TRL has it
 
 
 def test_a_text_column_that_is_named_counts_before_other_columns(tmp_path: Path, load: Load) -> None:

@@ -70,7 +70,8 @@ def _check_once(given: Sequence[str]) -> None:
     from celora.train.request.fields import ALIASES
 
     written = [argument.partition("=")[0][2:].replace("-", "_") for argument in given if argument.startswith("--")]
-    for name in ("data", "eval_data", "model", "output"):
+    names = ["data", "eval_data", "model"] + ["output"] * (given[0] == "train")  # others refuse `output_dir` themselves
+    for name in names:
         forms = [form for form in written if ALIASES.get(form, form) == name]
         if len(forms) > 1:
             others = [f"--{form}" for form in dict.fromkeys(forms) if form != name]

@@ -2,3 +2,7 @@
 
 Belongs here: passes over numbers that know nothing of layers. Does not belong here: what is estimated, and when.
 May import: errors, files, borrowed, machine, weights."""
+
+from celora.kernels import operations  # it fills the table of `backends`
+
+__all__ = ["operations"]

@@ -92,8 +92,6 @@ def torch_alone() -> Iterator[None]:
 
 def backends_of(operation: str) -> list[Backend]:
     """The backends of an operation, in the order in which they are asked; CELoraError where there is no such one."""
-    import celora.kernels.operations  # noqa: F401  (fills the table, and imports this module)
-
     if operation not in TABLE:
         raise unknown("operation", operation, TABLE)
     return TABLE[operation]

@@ -77,6 +77,11 @@ def touched(module: nn.Module) -> bool:
 
 
 def looked_at(base: nn.Module) -> bool:
-    """Whether other hooks get the base layer's output or gradient. They expect it without the adapter's part."""
-    hooks = *base._forward_hooks.values(), *base._backward_hooks.values(), *base._backward_pre_hooks.values()
+    """Whether other hooks get the base layer's output. They expect it without the adapter's part.
+
+    So does a backward hook of `register_backward_hook`, which hangs on the output. A full one is called anyhow.
+    """
+    hooks = [*base._forward_hooks.values()]
+    if base._is_full_backward_hook is False:
+        hooks += base._backward_hooks.values()
     return not isinstance(base, FSDPModule) and not all(isinstance(hook, LayerGraft) for hook in hooks)

@@ -119,7 +119,8 @@ class LayerGraft(Measured, Hook):
                 self.needed = bool(self.needed) or x.requires_grad
             now = identity(module)
             same = self._tried is not None and all(map(operator.is_, now, self._tried))
-            if not same and has_numbers(x):
+            # A tensor without data, for example of a tool that computes shapes, cannot be tried.
+            if not same and (type(x) is Tensor or not in_dispatch_mode()):
                 unseen = _unseen()
                 if unseen is None:
                     return False
@@ -282,7 +283,10 @@ def in_dispatch_mode() -> bool:
 
 def has_numbers(tensor: Tensor) -> bool:
     """Whether it has values to look at. One of a tool that computes shapes has none."""
-    return type(tensor) is Tensor or not in_dispatch_mode()
+    if type(tensor) is Tensor or torch.compiler.is_compiling():
+        return True
+    of_shapes = borrow("torch._subclasses.fake_tensor:FakeTensor")
+    return of_shapes is None or not isinstance(tensor, of_shapes)
 
 
 def _unseen() -> AbstractContextManager[object] | None:

@@ -28,8 +28,8 @@ def _may_look(hook: Any) -> str:
 
 
 # Forwards of these packages know packed sequences where celora packs, or compute every token alone.
-_QUANTISE = ("aqlm", "auto_gptq", "auto_round", "awq", "compressed_tensors", "eetq", "gptqmodel", "hqq", "optimum",
-             "torchao", "vptq")  # fmt: skip
+_QUANTISE = ("aqlm", "auto_gptq", "auto_round", "awq", "compressed_tensors", "eetq", "fp_quant", "gptqmodel", "hqq",
+             "neural_compressor", "optimum", "sinq", "torchao", "vptq")  # fmt: skip
 _KNOWN = {*_BLIND, *_QUANTISE, "celora", "liger_kernel", "peft"}
 
 
@@ -37,6 +37,12 @@ def _unknown(forward: Callable[..., Any] | None) -> str:
     """The name of a forward that is none of these packages' own; else ''."""
     found = name_of(forward)
     return "" if found.partition(".")[0] in _KNOWN else found
+
+
+def _is_method(own: Any, module: nn.Module) -> bool:
+    """Whether the forward is one of a class: the module's, or that of a kernel that `kernels` has bound to it."""
+    of = getattr(own, "__qualname__", "").rpartition(".")[0]
+    return own is None or (getattr(own, "__self__", None) is module and bool(of) and not of.endswith("<locals>"))
 
 
 _unknown_of_class = functools.cache(_unknown)  # never of a function that holds a model
@@ -50,7 +56,7 @@ def unknown_forward(module: nn.Module) -> str:
     own = vars(module).get("forward")
     of_class = getattr(type(module), "forward", None)  # TorchScript's modules have none
     found = _unknown_of_class(of_class) if own is None else _unknown(function_of(own))
-    if not found or (own is None and hasattr(type(module), "kernel_layer_name")):
+    if not found or (hasattr(type(module), "kernel_layer_name") and _is_method(own, module)):
         return ""
     return f"the forward of {{}} is {found}, which may depend on a batch's shape"
 
@@ -75,8 +81,10 @@ def may_look_at_shapes(module: nn.Module) -> str:
 def would_see(module: nn.Module) -> str:
     """The name of a hook that would get celora's arguments of a call in place of the caller's; '' if there is none.
 
-    A pre-hook gets what the hooks before it returned; a forward hook with `kwargs` gets what the module did.
+    A pre-hook gets what the hooks before it returned; a forward hook gets what the module did. celora hands all
+    arguments on by name, so only hooks with `kwargs` see them.
     """
-    later = itertools.dropwhile(lambda hook: not is_ours(hook), module._forward_pre_hooks.values())
-    after = (module._forward_hooks[key] for key in module._forward_hooks_with_kwargs if key in module._forward_hooks)
-    return next((name for hook in (*later, *after) if not is_ours(hook) and (name := _may_look(hook))), "")
+    later = itertools.dropwhile(lambda item: not is_ours(item[1]), module._forward_pre_hooks.items())
+    hooks = [hook for key, hook in later if key in module._forward_pre_hooks_with_kwargs]
+    hooks += [hook for key, hook in module._forward_hooks.items() if key in module._forward_hooks_with_kwargs]
+    return next((name for hook in hooks if not is_ours(hook) and (name := _may_look(hook))), "")

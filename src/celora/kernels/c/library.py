@@ -72,15 +72,17 @@ def known(tensor: Tensor) -> Tensor:
     """The tensor as the kernels take it: itself or, in a dtype or layout that they do not know, a float32 copy.
 
     Raises:
-        CELoraError: the tensor has no memory, for example that of a tool that computes shapes.
+        CELoraError: the tensor's numbers are not in memory, as those of a tool that computes shapes.
     """
     if supported(tensor):
         return tensor
+    if type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__:
+        tensor = tensor.as_subclass(Tensor)  # a class of somebody's around the same memory
     copy = tensor.resolve_neg().float().contiguous()
     if type(copy) not in _IN_MEMORY:
         copy = copy.clone()  # of a tensor that is on its way from other processes
     if type(copy) not in _IN_MEMORY:
-        raise CELoraError(f"celora's kernels need numbers, and got a {type(copy).__name__}, which has none.")
+        raise CELoraError(f"celora's kernels need numbers in memory, and got a {type(copy).__name__}.")
     return copy
 
 

@@ -62,6 +62,11 @@ def write_folder(folder: Path, base: Path, adapter: SavedAdapter, tokenizer: Any
     tensors = _with_head(_tensors(base), untied)
     merged = ((name, adapter.merged(bare.get(name, name), tensor)) for name, tensor in tensors)
     names = write_shards(folder, merged, _MOST_BYTES)
+    if untied and _HEAD not in names:
+        raise CELoraError(
+            f"the checkpoint in {str(base)!r} has no {_EMBEDDING!r}, of which the adapter makes the head; save the "
+            "base model with save_pretrained once, and give its folder as --model"
+        )
     if rest := adapter.touched - {bare.get(name, name) for name in names}:
         raise CELoraError(
             f"{min(rest)!r}, which the adapter changes, is not in the base model in {str(base)!r}: this is another one"

@@ -151,11 +151,8 @@ def _generate(
     )
     shape = first = start = None
     for place, row in placed:
-        if isinstance(row, dict) and text_field is not None:
-            if text_field in row:
-                row = row | {"text": row[text_field]}
-            elif text_field != "text" and (near := difflib.get_close_matches(text_field, map(str, row), 1)):
-                fail(place, f"there is no column {text_field!r}, which --dataset_text_field names, but {near[0]!r}")
+        if isinstance(row, dict) and text_field in row:
+            row = row | {"text": row[text_field]}
         found = _shape(place, row, prefer=shape or (None if text_field is None else "text"))
         example = _example(place, row, found, chat)
         if answers and "messages" in example and all(message["role"] != "assistant" for message in example["messages"]):
