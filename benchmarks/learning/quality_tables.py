@@ -130,6 +130,13 @@ def whole_command() -> str:
     )
 
 
+def whole_steps() -> str:
+    """How many steps of `auto` the time of a whole command allows, over the tasks."""
+    timed = dict.fromkeys(row["task"] for row in rows.found(quality.COMMANDS))
+    allowed = [quality.steps_in_the_time(task)[quality.WHOLE["auto"]] for task in timed]
+    return f"{min(allowed)} to {max(allowed)}"
+
+
 def _together(found: Sequence[dict[str, Any]], preset: str) -> tuple[list[str], list[float]]:
     """The tasks that are scored in points, and by how much a preset is better than LoRA on their mean, seed by seed."""
     scored = {task: _by_seed(found, task, preset, "LoRA") for task in quality_tasks.NAMES if task not in _LOSSES}
@@ -303,6 +310,7 @@ VALUES = {
     "leads": functools.partial(leads, _RIVALS[0]),
     "leads_surely": functools.partial(leads, _RIVALS[0], surely=True),
     "leads_upper_half": functools.partial(leads, _RIVALS[1]),
+    "whole_steps": whole_steps,
     "whole_leads": functools.partial(leads, quality.WHOLE["LoRA"], auto=quality.WHOLE["auto"]),
     "whole_leads_surely": functools.partial(leads, quality.WHOLE["LoRA"], auto=quality.WHOLE["auto"], surely=True),
     "whole_leads_upper_half": functools.partial(leads, quality.WHOLE["upper half"], auto=quality.WHOLE["auto"]),

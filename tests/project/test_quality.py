@@ -206,6 +206,7 @@ def test_the_time_of_a_whole_command(tmp_path: Path, monkeypatch: pytest.MonkeyP
         "",  # `text` lacks a seed
     ]
     values = {name: value() for name, value in quality_tables.VALUES.items() if "whole" in name}
+    assert values.pop("whole_steps") == "157 to 157"
     assert set(values.values()) == {"1 of 2"}
     assert "auto, 50 steps" not in quality_tables.scores()
 

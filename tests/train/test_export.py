@@ -100,6 +100,8 @@ def test_a_base_file_that_is_not_there_is_no_base(out):
     for merged in (False, True):
         with pytest.raises(CELoraError, match=r"--gguf '.*nowhere.gguf': no such file; give the base model as a GGUF"):
             export(out, "gguf", merged=merged, gguf=out / "nowhere.gguf")
+        with pytest.raises(CELoraError, match=r"run\.json' .*GGUF"):
+            export(out, "gguf", merged=merged, gguf=out / "run.json")
     assert not out.with_name("out-gguf").exists()
 
 
