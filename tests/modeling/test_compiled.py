@@ -63,7 +63,9 @@ def gradients(model: nn.Module, batch: dict[str, Tensor]) -> list[Tensor]:
 
 
 IN_8_BITS = pytest.param(
-    MEMBERS["int8 both ways"], id="int8", marks=pytest.mark.skipif(refuses(), reason="no 8-bit products here")
+    MEMBERS["int8 both ways"],
+    id="int8",
+    marks=pytest.mark.skipif(refuses(), reason="no 8-bit products here, which is tested in test_products"),
 )
 
 

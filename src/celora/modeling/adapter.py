@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from celora.modeling.graft import LayerGraft
+from celora.modeling.hooks import hooks_of
 
 # PEFT's LoRA layers that add `scaling lora_B lora_A dropout(x)` and nothing else, over any kind of base layer.
 _KINDS = frozenset({"Linear", "Linear4bit", "Linear8bitLt", "TorchaoLoraLinear", "HqqLoraLinear"})
@@ -72,8 +73,7 @@ def made_of(A: nn.Linear, B: nn.Linear, dropout: nn.Module, scaling: float) -> A
 
 def touched(module: nn.Module) -> bool:
     """Whether something else changes this module's forward (FSDP, DeepSpeed, offloading) or backward."""
-    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    return any(hooks) or "forward" in module.__dict__
+    return bool(hooks_of(module)) or "forward" in module.__dict__
 
 
 def looked_at(base: nn.Module) -> bool:

@@ -24,6 +24,12 @@ def is_ours(hook: Any) -> bool:
     return isinstance(getattr(hook, "__self__", hook), Hook)
 
 
+def hooks_of(module: nn.Module) -> list[Any]:
+    """All hooks of this one module's forward and backward."""
+    tables = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return [hook for hooks in tables for hook in hooks.values()]
+
+
 def has_another_s_forward(module: nn.Module) -> bool:
     """Whether somebody else has replaced the forward of this one module."""
     own = module.__dict__.get("forward")

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from celora.borrowed import borrow
 from celora.errors import CELoraError
-from celora.modeling.hooks import is_ours
+from celora.modeling.hooks import hooks_of, is_ours
 from celora.modeling.onlookers import would_see
 from celora.modeling.others import fused_head, is_fused_head, is_split, replaced
 from celora.modeling.packing import cannot_pack
@@ -103,9 +103,7 @@ def not_ours(causal: PreTrainedModel) -> str:
         which = "no head" if head is None else f"a {type(head).__name__} as its head"
         return f"{type(causal).__name__} has {'an adapter on its head' if isinstance(head, BaseTunerLayer) else which}"
     # FSDP2's own hooks, which gather a sharded head, are allowed.
-    of_a_kind = head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks
-    hooks = [hook for hooks in of_a_kind for hook in hooks.values()]
-    if not isinstance(head.weight, DTensor) and not all(map(is_ours, hooks)):
+    if not isinstance(head.weight, DTensor) and not all(map(is_ours, hooks_of(head))):
         return f"{type(causal).__name__} has a Linear with hooks as its head"
     if is_split(head):
         return "its head is split by tensor parallelism"

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from celora.modeling.attention import Lookup, is_attention
-from celora.modeling.hooks import is_ours
+from celora.modeling.hooks import hooks_of, is_ours
 from celora.modeling.others import function_of, name_of
 
 # The hooks of these packages do not depend on the shape of a batch, except for NEFTune's.
@@ -68,12 +68,12 @@ def may_look_at_shapes(module: nn.Module) -> str:
     anything.
     """
     first = module._forward_pre_hooks.values()
-    backward = *module._backward_hooks.values(), *module._backward_pre_hooks.values()
     if is_attention(module) and not any(isinstance(getattr(hook, "__self__", None), Lookup) for hook in first):
         return "{} was not there when celora was attached"
-    for hook in (*module._forward_hooks.values(), *first, *backward):
+    forward = *module._forward_hooks.values(), *first
+    for hook in hooks_of(module):
         if not is_ours(hook) and (called := _may_look(hook)):
-            kind = "backward" if hook in backward else "forward"
+            kind = "forward" if hook in forward else "backward"
             return f"{{}} has a {kind} hook ({called}) that may depend on a batch's shape"
     return ""
 
