@@ -13,14 +13,18 @@ def run() -> None:
     interpreter: with torch 2.13 one exit in seven is an abort, and the launcher calls a job failed that has succeeded.
     """
     began = time.perf_counter()  # before anything is imported that takes time
-    from celora.cli.missing import missing
+    try:
+        from celora.cli.missing import missing
 
-    if lacks := missing():
-        print(f"error: {lacks}", file=sys.stderr)
-        sys.exit(2)
-    from celora.cli.main import main
+        if lacks := missing():
+            print(f"error: {lacks}", file=sys.stderr)
+            sys.exit(2)
+        from celora.cli.main import main
 
-    status = main(began=began)
+        status = main(began=began)
+    except KeyboardInterrupt:  # Ctrl-C while the command line itself is imported
+        print("interrupted", file=sys.stderr)
+        status = 130
     if os.environ.get("WORLD_SIZE", "1") != "1":
         atexit._run_exitfuncs()
         sys.stdout.flush()

@@ -7,11 +7,13 @@ import io
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
 
 from asked import error_line
+from celora import __main__ as entry
 from celora.cli import app as app_module
 from celora.cli import options as options_module
 from celora.cli.main import main
@@ -47,6 +49,20 @@ def test_version_and_help(capsys):
 COMMANDS = (
     "estimate", "train", "watch", "chat", "generate", "export", "audit", "plan", "compare", "bench", "demo", "doctor",
 )  # fmt: skip
+
+
+def test_ctrl_c_while_the_command_line_is_imported_is_one_line(monkeypatch, capsys):
+    """It is imported for half a second, before anything is there that would catch it."""
+
+    class Importing(types.ModuleType):
+        def __getattr__(self, name: str):
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "celora.cli.main", Importing("celora.cli.main"))
+    with pytest.raises(SystemExit) as left:
+        entry.run()
+    assert left.value.code == 130
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 def test_what_is_piped_is_utf_8(monkeypatch):
@@ -104,6 +120,7 @@ with importing():
     looks, made = gc.isenabled(), [[] for _ in range(100_000)]
 print(looks, gc.isenabled(), gc.get_freeze_count() > 100_000)
 import sys
+import types
 sys.modules["torch"] = sys  # as in a program that has imported it
 with importing():
     print(gc.isenabled())

@@ -64,6 +64,13 @@ def test_the_length_of_a_run(train: dict[str, float], epoch: float | None, steps
     assert look(run).steps == steps
 
 
+@pytest.mark.parametrize("train", [None, [1], {"max_steps": "x", "num_train_epochs": [3]}])
+def test_the_length_of_a_run_is_unknown_if_somebody_damaged_its_record(train: object, tmp_path: Path) -> None:
+    run = going_on(tmp_path)
+    write_json(run / "run.json", read_json(run / "run.json") | {"train": train})
+    assert look(run).steps is None
+
+
 def test_a_run_that_has_logged_nothing(tmp_path: Path) -> None:
     run = going_on(tmp_path, max_steps=20)
     (run / "metrics.jsonl").unlink()

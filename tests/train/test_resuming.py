@@ -264,6 +264,7 @@ def test_special_tokens_are_resumed_with_and_secrets_are_not_written_down(inputs
     [
         ({"given": None}, "'given' is missing or no dict"),
         ({"train": [1]}, "'train' is missing or no dict"),
+        ({"asked": 3}, "'asked' is missing or no dict"),
         ({"given": {"bogus": 1}}, "unknown name 'bogus'"),
         ({"given": {"max_steps": "x"}}, "max_steps='x'"),
         ({"summary": {"step": 6}}, "'summary' is missing or holds no numbers"),

@@ -19,6 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from celora.errors import CELoraError
 from celora.files import write_json
 from celora.runtime.attachment import require
+from celora.train.charts import is_number
 from celora.train.output.folder import METRICS, REPORT, RUN, OutputFolder
 from celora.train.progress import read_metrics
 from celora.train.report import EVERY_S, write_report
@@ -134,12 +135,13 @@ def look(folder: Path) -> Snapshot:
 
 def _steps(record: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> int | None:
     """Optimizer steps of the whole run: `max_steps`, or computed from the epochs so far; None if unknown."""
-    train = record.get("train", {})
-    if (most := train.get("max_steps") or -1) > 0:
+    train = record.get("train")
+    settings = train if isinstance(train, Mapping) else {}  # whatever somebody made of it by hand
+    most, epochs = settings.get("max_steps"), settings.get("num_train_epochs")
+    if is_number(most) and most > 0:
         return int(most)
-    epochs = train.get("num_train_epochs")
     known = next((row for row in reversed(rows) if row.get("epoch") and row["step"]), None)
-    return None if known is None or not epochs else round(epochs * known["step"] / known["epoch"])
+    return None if known is None or not is_number(epochs) else round(epochs * known["step"] / known["epoch"])
 
 
 def _latest(rows: Sequence[Mapping[str, Any]], key: str) -> float | None:
