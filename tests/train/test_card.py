@@ -12,7 +12,8 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from celora.train.output.card import CARD, PICTURE, is_own, public_name
+from celora.train.output.card import PICTURE, public_name
+from celora.train.output.folder import CARD, is_own
 from celora.train.progress import read_metrics
 from celora.train.request.arguments import parse
 from celora.train.run import train
@@ -72,8 +73,12 @@ def test_a_card_shows_the_losses_and_how_llama_cpp_loads_the_adapter(trained):
     assert "training loss" in picture
     assert "celora export 'my adapter' --to gguf" in text
     adapter = trainer.model.peft_config["default"]
+    for setting in ("use_dora", "lora_bias"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(adapter, setting, True)
+            assert "llama.cpp" not in trainer.card.text(trainer, output)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(adapter, "use_dora", True)
+        patch.setattr(trainer.model, "named_parameters", lambda: [("embed_tokens.lora_embedding_A.default", None)])
         assert "llama.cpp" not in trainer.card.text(trainer, output)
 
 
@@ -172,11 +177,26 @@ def test_a_card_of_one_s_own_is_kept(inputs, tmp_path):
     assert said["optimizer steps"].startswith("2 (")
     (trainer,) = seen
     trainer.save_model(str(output))
-    trainer.create_model_card(model_name="x")
     assert (output / CARD).read_bytes() == mine
     (output / CARD).unlink()
-    trainer.create_model_card(model_name="x")
+    trainer.create_model_card(model_name="x")  # as at each checkpoint; the adapter that it would describe is not here
+    assert not (output / CARD).exists()
+    trainer.save_model(str(output))
     assert table((output / CARD).read_text(encoding="utf-8"))["optimizer steps"].startswith("2 (")
+
+
+@pytest.mark.fault(
+    "crash",
+    "the output folder has a README.md that the user wrote, and the run is replaced with --overwrite",
+    sees="nothing",
+    kept="the user's file, unchanged",
+)
+def test_a_card_of_one_s_own_outlives_the_run(inputs, tmp_path):
+    output = tmp_path / "out"
+    go(inputs, output, max_steps=1)
+    (output / CARD).write_text("Mine.")
+    go(inputs, output, max_steps=1, overwrite=True)
+    assert (output / CARD).read_text() == "Mine."
 
 
 @pytest.mark.parametrize(

@@ -143,7 +143,7 @@ def test_a_killed_overwrite_gives_the_earlier_run_back(folder, moves, monkeypatc
 def test_a_killed_overwrite_does_not_mix_two_runs(folder, removed, monkeypatch):
     """The order is that of `clear`, which a file system may list in any order."""
     (folder.path / "adapter_config.json").write_text("earlier")
-    (folder.path / "README.md").write_text("earlier")
+    (folder.path / "report.html").write_text("earlier")
     folder.set_aside()
     write_json(folder.path / RUN, {"celora": "0", "run": "new"})
     after = names(folder)
@@ -158,7 +158,7 @@ def test_a_killed_overwrite_does_not_mix_two_runs(folder, removed, monkeypatch):
 
 
 def test_a_part_of_an_earlier_run_that_cannot_be_removed_stays(folder, monkeypatch):
-    (folder.path / "README.md").write_text("earlier")
+    (folder.path / "report.html").write_text("earlier")
     folder.set_aside()
     write_json(folder.path / RUN, {"celora": "0", "run": "new"})
 

@@ -63,6 +63,19 @@ def test_the_model_is_the_one_that_would_be_quantised_after_loading(
     assert layer.original().dtype == layer.dtype  # so it can be merged
 
 
+@pytest.mark.parametrize("own", [None, {"eos_token_id": [2, 0], "do_sample": True, "temperature": 0.3}])
+def test_how_the_model_generates_is_what_its_folder_says(tmp_path: Path, own: dict[str, object] | None) -> None:
+    folder = save(tmp_path, tied=False)
+    (folder / "generation_config.json").unlink()
+    if own:
+        (folder / "generation_config.json").write_text(json.dumps(own))
+    expected = AutoModelForCausalLM.from_pretrained(folder).generation_config
+    found = load_int8_model(str(folder), **SETTINGS).generation_config
+    for name in ("eos_token_id", "bos_token_id", "do_sample", "temperature"):
+        assert getattr(found, name) == getattr(expected, name)
+    assert found.eos_token_id == (own["eos_token_id"] if own else 2)
+
+
 def test_a_weight_is_quantised_before_the_next_one_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, read, quantise, events = save(tmp_path), StoredTensor.read, Int8Linear.of, []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -96,6 +97,39 @@ def test_tied_is_what_the_models_class_says(tokenizer, tmp_path):
     assert "lm_head.weight" in load_file(tmp_path / "new" / "model.safetensors")
 
 
+@pytest.mark.parametrize(
+    ("own", "generation", "ends", "file"),
+    [
+        (0, None, 5, [5, 0]),
+        (0, {"eos_token_id": 0, "temperature": 0.5, "do_sample": True}, 5, [5, 0]),
+        ([0, 7], {"eos_token_id": [0, 7]}, [5, 0, 7], [5, 0, 7]),
+        (None, None, 5, [5]),
+        ([0, 5], {"eos_token_id": [0, 5]}, [0, 5], [0, 5]),
+        (5, None, 5, 5),  # without a file of its own, the model's configuration says it
+    ],
+)
+def test_the_merged_model_ends_where_training_ended(own, generation, ends, file, tokenizer, tmp_path):
+    """`--eos_token` may have made it another token than the base's."""
+    model = adapted(**SETTINGS["lora"])
+    adapter = SavedAdapter(save(model, tmp_path / "adapter"))
+    base = base_of(tmp_path / "base")
+    config = json.loads((base / "config.json").read_text()) | {"eos_token_id": own, "bos_token_id": 3}
+    (base / "config.json").write_text(json.dumps(config))
+    (base / "generation_config.json").unlink()
+    if generation:
+        (base / "generation_config.json").write_text(json.dumps(generation))
+    (tmp_path / "new").mkdir()
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(5)
+    write_folder(tmp_path / "new", base, adapter, tokenizer)
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "new")
+    assert found.config.eos_token_id == ends
+    assert found.generation_config.eos_token_id == file
+    assert found.generation_config.bos_token_id == (None if generation else 3)
+    assert found.generation_config.temperature == (generation or {}).get("temperature")
+    assert (tmp_path / "new" / "generation_config.json").exists() == (generation is not None or own != 5)
+
+
 def test_several_files_go_in_and_come_out(tokenizer, tmp_path, monkeypatch):
     model = adapted()
     expected = logits(model)
@@ -144,6 +178,13 @@ def test_what_cannot_be_merged_is_one_line(tokenizer, tmp_path):
     save_file({name: tensor for name, tensor in tensors.items() if "layers.1.mlp.up" not in name}, path)
     with pytest.raises(CELoraError, match=r"'model.layers.1.mlp.up_proj.weight', which the adapter changes, is not in"):
         write_folder(new, base, adapter, tokenizer)
+    without = {name: tensor for name, tensor in tensors.items() if "up_proj.bias" not in name}
+    save_file(without, path)
+    lone = SavedAdapter(save(adapted(lora_bias=True), tmp_path / "lora_bias"))
+    with pytest.raises(
+        CELoraError, match=r"'model.layers.0.mlp.up_proj.bias' \(lora_bias\), and that layer of the base"
+    ):
+        write_folder(new, base, lone, tokenizer)
     save_file({name: tensor * float("inf") for name, tensor in tensors.items()}, path)
     with pytest.raises(CELoraError, match="holds NaN or infinity, so nothing is written"):
         write_folder(new, base, adapter, tokenizer)

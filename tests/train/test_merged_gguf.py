@@ -61,6 +61,14 @@ def test_what_a_lora_file_cannot_hold_is_merged(name, tmp_path):
         torch.testing.assert_close(found[key], tensor, rtol=1e-5, atol=1e-6)
 
 
+def test_a_bias_that_the_base_has_no_place_for_is_one_line(tmp_path):
+    model = adapted(lora_bias=True)
+    adapter = SavedAdapter(save(model, tmp_path / "adapter"))
+    base = write_model(tmp_path / "base.gguf", model_of("llama").unload(), gguf.GGMLQuantizationType.F32)
+    with pytest.raises(CELoraError, match=r"has no bias to merge it with; only PEFT can load this adapter"):
+        write_merged(tmp_path / "merged.gguf", base, adapter, model.config, "f32", "a run")
+
+
 def test_norms_that_are_stored_with_an_offset_are_merged(tmp_path):
     model = model_of("gemma2")
     config = model.config

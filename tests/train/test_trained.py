@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from celora.cli.main import main
 from celora.errors import CELoraError
 from celora.train.use.generation import Sampling, answers
-from celora.train.use.trained import adapter_config, load_trained, request_of, tokenizer_of
+from celora.train.use.trained import adapter_config, load_trained, request_of, tokenizer_of, unfinished
 from patching import patch_all
 from runs import go
 
@@ -142,6 +142,24 @@ def test_what_is_no_finished_adapter_is_refused(folder, tmp_path):
         adapter_config(folder)
     with pytest.raises(CELoraError, match=r"has no adapter_config.json; give the --output"):
         adapter_config(tmp_path)
+
+
+def test_a_run_that_was_continued_and_not_finished_says_so(folder, capsys):
+    """Its folder still holds the adapter of its earlier end."""
+    assert unfinished(folder) == unfinished(folder / "checkpoint-3") == ""
+    record = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(record | {"status": "interrupted"}))
+    newest = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    line = (
+        f"{str(folder)!r} holds the adapter of before its run was continued. Its newest steps are in "
+        f"{str(newest)!r}; --resume finishes the run."
+    )
+    assert unfinished(folder) == line
+    assert unfinished(newest) == ""
+    assert main(["chat", str(folder), "--prompt", "hi", "--max-new-tokens", "1"]) == 0
+    assert line in capsys.readouterr().err
+    assert main(["export", str(folder), "--to", "gguf"]) == 0
+    assert line in capsys.readouterr().err
 
 
 def test_another_kind_of_adapter_is_refused(folder):

@@ -194,9 +194,12 @@ def export(
 ) -> None:
     from celora.train.formats.export import export as run
     from celora.train.loading import quiet_libraries
+    from celora.train.use.trained import unfinished
 
     with quiet_libraries():
         made = run(out, to, merged=merged, gguf=gguf, outtype=outtype, output=output, model=model, overwrite=overwrite)
+    if line := unfinished(out):
+        typer.echo(line, err=True)
     if as_json:
         print_json({"output": str(made.output), "files": made.files, "tensors": made.tensors})
     elif not quiet:
@@ -211,11 +214,13 @@ def _loaded(out: Path, model: str | None, base: bool, raw: bool | None) -> Itera
     """
     from celora.train.loading import quiet_libraries
     from celora.train.use.generation import check_base
-    from celora.train.use.trained import load_trained
+    from celora.train.use.trained import load_trained, unfinished
 
     settle_in()
     with quiet_libraries():
         trained = load_trained(out, model)
+        if line := unfinished(out):
+            typer.echo(line, err=True)
         if base:
             check_base(trained)
         if raw is False and not trained.tokenizer.chat_template:

@@ -8,13 +8,14 @@ afterwards: Trainer and TRL see an ordinary model.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -70,6 +71,9 @@ def load_int8_model(
     )
     loaded = complete(*found)
     loaded.config.name_or_path = loaded.name_or_path = model
+    if loaded.can_generate():
+        with contextlib.suppress(OSError):  # the model has no such file, and its configuration says it
+            loaded.generation_config = GenerationConfig.from_pretrained(model, revision=revision)
     loaded.config._commit_hash = revision  # the original weights are read from there again
     quantise_base(loaded)  # notes for each layer where that is
     return loaded

@@ -1,12 +1,12 @@
 """The merged model as a folder of Transformers, in safetensors. One new file, 1 GiB, is in memory at a time.
 
-Configuration files are the base model's, the tokenizer is the one that was trained with. Weights keep the base's dtype.
+The tokenizer is the one that was trained with. Configuration files are the base model's, with the tokenizer's end token
+added: `--eos_token` may have made it another. Weights keep the base's dtype.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -68,16 +68,34 @@ def write_folder(folder: Path, base: Path, adapter: SavedAdapter, tokenizer: Any
             "base model with save_pretrained once, and give its folder as --model"
         )
     if rest := adapter.touched - {bare.get(name, name) for name in names}:
+        first = min(rest, key=lambda name: (name.endswith(".bias"), name))
+        if homeless := adapter.homeless(first):
+            raise CELoraError(f"{homeless}; only PEFT can load this adapter")
         raise CELoraError(
-            f"{min(rest)!r}, which the adapter changes, is not in the base model in {str(base)!r}: this is another one"
+            f"{first!r}, which the adapter changes, is not in the base model in {str(base)!r}: this is another one"
         )
     if untied:
         config["tie_word_embeddings"] = False
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    if (base / _GENERATION).is_file():
-        shutil.copyfile(base / _GENERATION, folder / _GENERATION)
+    generation = read_json(base / _GENERATION) if (base / _GENERATION).is_file() else {}
+    _align(config, generation, tokenizer)
+    for name, content in (("config.json", config), (_GENERATION, generation)):
+        if content:
+            (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     tokenizer.save_pretrained(folder)
     return len(names)
+
+
+def _align(config: dict[str, Any], generation: dict[str, Any], tokenizer: Any) -> None:
+    """Let the model end with the tokenizer's end token, too, as Trainer does with the model that it trains."""
+    text, key, end = config.get("text_config", config), "eos_token_id", tokenizer.eos_token_id
+    before = generation.get(key, text.get(key))
+    ends = before if isinstance(before, list) else [before]
+    if end is None or end in ends:
+        return
+    if not generation:  # it was derived from the model's configuration
+        generation |= {name: text[name] for name in ("bos_token_id", "pad_token_id") if name in text}
+    generation[key] = [end, *(other for other in ends if other is not None)]
+    text[key] = [end, *text[key]] if isinstance(text.get(key), list) else end
 
 
 def _tensors(base: Path) -> Iterator[tuple[str, Tensor]]:

@@ -83,6 +83,8 @@ def _names(reader: Any, adapter: SavedAdapter, layout: Layout, config: Any, base
         if there in held and there not in found:
             found[str(there)] = name
             continue
+        if layout.gguf_name(name.replace(".bias", ".weight")) in held and (homeless := adapter.homeless(name)):
+            raise CELoraError(f"{homeless}; only PEFT can load this adapter")
         tied = name in ("lm_head.weight", "model.embed_tokens.weight") and config.tie_word_embeddings
         why = "is tied to the embedding there" if tied else "has no tensor there"
         raise CELoraError(

@@ -116,6 +116,12 @@ class SavedAdapter:
         biases = {f"{layer}.bias" for layer, low_rank in self.layers.items() if low_rank.bias is not None}
         return {f"{layer}.weight" for layer in self.layers} | set(self.whole) | biases
 
+    def homeless(self, name: str) -> str:
+        """Why a bias cannot be merged into a model whose layer has none; empty if `name` is no such bias."""
+        if not name.endswith(".bias") or name in self.whole:
+            return ""
+        return f"the adapter has {name!r} (lora_bias), and that layer of the base model has no bias to merge it with"
+
     def merged(self, name: str, tensor: Tensor) -> Tensor:
         """What becomes of the base's tensor of this name, in its dtype."""
         if name not in self.touched:

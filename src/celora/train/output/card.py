@@ -17,14 +17,12 @@ import yaml
 from huggingface_hub import ModelCard, try_to_load_from_cache
 
 from celora.files import write_text
+from celora.train.output.folder import CARD, CARD_MARK, is_own
 from celora.train.output.picture import loss_picture
 from celora.train.rows.answers import Learnt
 from celora.train.rows.data import HUB_NAME
 
-CARD, PICTURE = "README.md", "loss.svg"
-_MARK = "<!-- celora writes this file anew at every save, until this line is deleted. -->"
-# Marks of a generated card: celora's, TRL's, PEFT's. A card without any of them is the user's own.
-_GENERATED = (_MARK, "It has been trained using [TRL](", "# Model Card for Model ID")
+PICTURE = "loss.svg"
 _DIGITS = 16  # of a fingerprint, on the card
 _LOAD = """\
 from peft import PeftModel
@@ -80,13 +78,14 @@ class Card:
             ("Result", self._result(trainer, folder)),
         )
         parts = [
-            f"---\n{self._front_matter(trainer, base if on_hub else None)}---\n\n{_MARK}\n",
+            f"---\n{self._front_matter(trainer, base if on_hub else None)}---\n\n{CARD_MARK}\n",
             f"# {_cell(self.name)}\n",
             f"A LoRA adapter for `{_cell(base)}`, trained with celora {self.record['celora']}.\n",
             f"## How to load it\n\n```python\n{self._load(trainer, base, on_hub)}```\n",
         ]
         adapter = _adapter(trainer)
-        if not (adapter.use_dora or adapter.modules_to_save or adapter.bias != "none"):  # else llama.cpp cannot load it
+        more = adapter.use_dora or adapter.lora_bias or adapter.modules_to_save or adapter.bias != "none"
+        if not more and not _adapts_embedding(trainer.model):  # else llama.cpp cannot load it
             commands = _ELSEWHERE.format(adapter=shlex.quote(self.name))
             parts.append(f"In llama.cpp and Ollama:\n\n```bash\n{commands}```\n")
         if loss_picture(trainer.state.log_history):
@@ -168,21 +167,14 @@ class Card:
         }
 
 
+def _adapts_embedding(model: Any) -> bool:
+    return any("lora_embedding_A" in name for name, _ in model.named_parameters())
+
+
 def _where(base: str) -> str:
     if base.endswith(".gguf"):
         return "a folder that this GGUF file was converted into, as celora keeps it in its cache"
     return "the folder of the base model"
-
-
-def is_own(path: Path) -> bool:
-    """Whether the card at `path` is the user's own: written by them, or claimed by deleting the mark."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return False
-    except (OSError, ValueError):
-        return True
-    return not any(mark in text for mark in _GENERATED)
 
 
 def public_name(source: str) -> tuple[str, bool]:

@@ -24,7 +24,7 @@ from celora.settings.names import CONFIG_NAME, PLAN_NAME
 from celora.train.output.manifest import read_manifest, sealed, unseal
 from celora.train.processes import is_first
 
-RUN, METRICS, REPORT = "run.json", "metrics.jsonl", "report.html"
+RUN, METRICS, REPORT, CARD = "run.json", "metrics.jsonl", "report.html", "README.md"
 CONFIG, PLAN = CONFIG_NAME, PLAN_NAME
 LOCK, SAVING = "_celora.lock", ".adapter.tmp"
 _FOLDERS = (SAVING, "additional_chat_templates")  # the second: of a tokenizer with several
@@ -38,6 +38,9 @@ _NAMES = (
 )
 _OURS = re.compile(rf"({_NAMES})|\.({_NAMES})\.tmp")  # the second form while the file is being written
 _ASIDE = ".replaced"
+CARD_MARK = "<!-- celora writes this file anew at every save, until this line is deleted. -->"
+# Marks of a generated card: celora's, TRL's, PEFT's. A card without any of them is the user's own.
+_GENERATED = (CARD_MARK, "It has been trained using [TRL](", "# Model Card for Model ID")
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -275,17 +278,28 @@ class OutputFolder:
 
 
 def _ours(folder: Path) -> list[Path]:
-    """The entries of a folder that a run has written, `run.json` last. Links never count."""
+    """The entries of a folder that a run has written, `run.json` last. Links and a card of the user's never count."""
     found = [
         entry
         for entry in folder.glob("*")
         if not entry.is_symlink()
         and (
             (entry.is_dir() and (_CHECKPOINT.fullmatch(entry.name.removesuffix(_DAMAGED)) or entry.name in _FOLDERS))
-            or (entry.is_file() and _OURS.fullmatch(entry.name))
+            or (entry.is_file() and _OURS.fullmatch(entry.name) and not (entry.name == CARD and is_own(entry)))
         )
     ]
     return sorted(found, key=lambda entry: entry.name == RUN)
+
+
+def is_own(path: Path) -> bool:
+    """Whether the card at `path` is the user's own: written by them, or claimed by deleting the mark."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError):
+        return True
+    return not any(mark in text for mark in _GENERATED)
 
 
 def _remove(aside: Path) -> None:

@@ -16,8 +16,8 @@ from celora.borrowed import borrow
 from celora.errors import CELoraError, Diverged, first_line
 from celora.files import clear, sync
 from celora.runtime.state import STATE_NAME, load_state
-from celora.train.output.card import CARD, Card, is_own
-from celora.train.output.folder import REPORT, RUN, SAVING, OutputFolder
+from celora.train.output.card import Card
+from celora.train.output.folder import CARD, REPORT, RUN, SAVING, OutputFolder, is_own
 from celora.train.output.manifest import seal
 from celora.train.processes import is_first, wait_for_all
 from celora.train.progress import MetricsWriter
@@ -60,11 +60,9 @@ class SafeSaving:
     card: Card | None = None
 
     def create_model_card(self, *arguments: Any, **more: Any) -> None:
-        """Write celora's card instead of TRL's and Trainer's."""
+        """Leave out TRL's card of the output folder, where no adapter is saved yet. `_save` writes celora's card."""
         if self.card is None:
             super().create_model_card(*arguments, **more)  # type: ignore[misc]
-        elif self.is_world_process_zero():  # type: ignore[attr-defined]
-            self.card.write(Path(self.args.output_dir), self)
 
     def _save_checkpoint(self, *arguments: Any, **more: Any) -> None:
         check_finite(self)

@@ -76,6 +76,18 @@ def adapter_config(folder: Path) -> dict[str, Any]:
     return found
 
 
+def unfinished(folder: Path) -> str:
+    """Says that a finished run was continued, and that its newer steps are not in `folder`; empty if all are."""
+    record = _record(folder)
+    newest = OutputFolder(folder).last_checkpoint() if record and record.get("status") != "finished" else None
+    if newest is None:
+        return ""
+    return (
+        f"{str(folder)!r} holds the adapter of before its run was continued. Its newest steps are in "
+        f"{str(newest[0])!r}; --resume finishes the run."
+    )
+
+
 def _record(folder: Path) -> dict[str, Any] | None:
     """The run.json of the run that trained the adapter in `folder`, or None."""
     folder = folder.resolve()
