@@ -164,6 +164,29 @@ def test_a_sequence_longer_than_the_sliding_window_stays_padded() -> None:
     assert (gradient - expected).norm() < OF_GRADIENT * expected.norm()
 
 
+@pytest.mark.parametrize("ids", [None, torch.arange(10, 20).expand(2, -1)])
+def test_rotary_embeddings_that_have_seen_a_longer_batch_are_the_models_own(ids: torch.Tensor | None) -> None:
+    """Transformers then computes them anew once the largest position is small enough, and packing makes it smaller."""
+    long, short = (
+        {"input_ids": torch.randint(0, 61, (2, n), generator=torch.Generator().manual_seed(n)),
+         "attention_mask": torch.ones(2, n, dtype=torch.long)}
+        for n in (24, 16 if ids is None else 10)
+    )  # fmt: skip
+    long["labels"], short["labels"] = long["input_ids"].clone(), short["input_ids"].clone()
+    short["attention_mask"][0, 5:], short["labels"][:, 5:] = 0, -100
+    if ids is not None:
+        short["position_ids"] = ids
+
+    def losses(preset: str | None) -> list[float]:
+        rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+        model = model_of("llama", rope_parameters=rope, max_position_embeddings=16).train()
+        if preset:
+            celora.attach(model, preset)
+        return [model(**batch).loss.item() for batch in (long, short, short)]
+
+    assert losses("exact") == pytest.approx(losses(None), rel=1e-6)
+
+
 def test_where_rotary_embeddings_depend_on_the_length() -> None:
     of_its_own = {"rope_parameters": {"rope_type": "longrope", "original_max_position_embeddings": 16}}
     before_version_5 = {"rope_scaling": {"rope_type": "longrope"}, "original_max_position_embeddings": 16}

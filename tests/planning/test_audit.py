@@ -116,6 +116,28 @@ def test_leaves_everything_untouched() -> None:
         assert value.equal(found[name])
 
 
+@pytest.mark.parametrize("measure", [celora.audit, lambda model, batch: celora.make_plan(model, [batch])])
+def test_an_optimizer_in_the_backward_makes_no_step(measure: Any) -> None:
+    """PyTorch's recipe: a hook of each parameter makes the step as soon as its gradient is there."""
+    model = make_model()
+    celora.attach(model, HALF)
+    before, expected = adapter(model), celora.audit(model, make_batch(5)).cosine
+    stepped = []
+
+    def step(parameter: torch.Tensor) -> None:
+        stepped.append(parameter)
+        parameter.data -= parameter.grad
+        parameter.grad = None
+
+    hooks = [p.register_post_accumulate_grad_hook(step) for p in model.parameters() if p.requires_grad]
+    measure(model, make_batch(5))
+    assert celora.audit(model, make_batch(5)).cosine == expected < 1
+    assert not stepped
+    assert all(value.equal(adapter(model)[name]) for name, value in before.items())
+    model(**make_batch(5)).loss.backward()
+    assert len(stepped) == len(hooks)
+
+
 @pytest.mark.skipif(refuses(), reason="no 8-bit products here, which is tested in test_products")
 def test_before_a_training_it_leaves_that_training_untouched() -> None:
     """The head draws words by the number of the call, and its error is measured in the first steps."""

@@ -289,6 +289,15 @@ def test_how_inputs_are_saved_keeps_no_layer_from_being_timed(monkeypatch: pytes
     assert found == {("dense", "native")}
 
 
+@pytest.mark.parametrize("preset", ["auto", "fast"])
+@pytest.mark.filterwarnings("ignore:celora. (at step|from step)")
+def test_attached_in_inference_mode_it_trains(preset: str) -> None:
+    model = make_model()
+    with torch.inference_mode():
+        celora.attach(model, preset)
+    train(model, 2)
+
+
 def test_random_numbers_stay_what_they_are() -> None:
     torch.manual_seed(3)
     expected = torch.rand(1)

@@ -74,7 +74,7 @@ def pack(
     rows, columns = input_ids.shape
     whole, masked, *counted = numbers
     lengths, total = tuple(n for n in counted if n), sum(counted)
-    if not whole or not total or columns > _longest(model.config):
+    if not whole or not total or not _rotates_alike(model.config, position_ids, columns):
         return None
     config, decoder = model.config, model.base_model
     ours, device = implementation(config) == "sdpa", input_ids.device
@@ -134,8 +134,17 @@ def places(mask: Tensor, count: int) -> Tensor:
     return torch.searchsorted(mask.cumsum(0), torch.arange(1, count + 1, device=mask.device))
 
 
+def _rotates_alike(config: Any, position_ids: Tensor | None, columns: int) -> bool:
+    """Whether rotary embeddings stay the same if the last tokens are left out.
+
+    Some depend on the largest position. What is given as `position_ids` is not looked at: the host would wait for it.
+    """
+    longest = _longest(config)
+    return longest == math.inf or (position_ids is None and columns < longest)
+
+
 def _longest(config: Any) -> float:
-    """The number of tokens in a row beyond which rotary embeddings depend on that number."""
+    """The number of tokens in a row from which on rotary embeddings depend on that number."""
     # Before version 5 of Transformers, the second name, and the original length stands beside it.
     found = getattr(config, "rope_parameters", None) or vars(config).get("rope_scaling") or {}
     original = vars(config).get("original_max_position_embeddings", math.inf)

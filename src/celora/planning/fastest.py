@@ -93,6 +93,7 @@ def gate(
     return Gated(settled, tuple(timings))
 
 
+@torch.inference_mode(False)  # what is timed is a training, wherever celora is attached
 def _measured(
     found: Survey, config: CELoraConfig, tokens: int | None, labelled: int | None, given: Collection[str]
 ) -> tuple[dict[str, Mapping[str, Any]], float, list[dict[str, Any]]]:

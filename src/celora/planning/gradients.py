@@ -80,16 +80,23 @@ def training(model: nn.Module) -> Iterator[None]:
 def untouched(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[Callable[[], None]]:
     """At the end, restore what forwards and backwards have changed: `.grad`, buffers, random state.
 
+    Meanwhile no hook runs after a gradient is added up: an optimizer may make its step there.
+
     Yields a function that sets the random state back to the beginning, so that dropout repeats itself.
     """
+    hooks = [(found, dict(found)) for p in parameters.values() if (found := p._post_accumulate_grad_hooks)]
     grads = {name: p.grad for name, p in parameters.items()}
     buffers = [(b, b.clone()) for b in model.buffers()]
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
     with random_states(devices) as rewind:
+        for found, _ in hooks:
+            found.clear()
         try:
             yield rewind
         finally:
             settle_all(model)
+            for found, own in hooks:
+                found.update(own)
             for name, p in parameters.items():
                 p.grad = grads[name]
             with torch.no_grad():
