@@ -164,6 +164,18 @@ def test_what_sftconfig_refuses_is_one_line():
     assert "\n" not in str(caught.value)
 
 
+def test_what_sftconfig_refuses_has_the_settings_name():
+    with pytest.raises(CELoraError, match=r"^pad_to_multiple_of='x': invalid literal for int\(\) with base 10: 'x'$"):
+        sft_config(make_request({**OWN, "pad_to_multiple_of": "x", "use_cpu": True}))
+
+
+def test_a_whole_number_is_a_beta_too():
+    """torch takes two floats, or two tensors."""
+    args = sft_config(make_request({**OWN, "adam_beta1": "0", "adam_beta2": 0, "use_cpu": True}))
+    assert (args.adam_beta1, args.adam_beta2) == (0.0, 0.0)
+    assert {type(args.adam_beta1), type(args.adam_beta2)} == {float}
+
+
 def test_resume_keeps_earlier_arguments_and_refuses_to_change_the_run(tmp_path):
     own = {**OWN, "output": str(tmp_path)}
     first = parse(["--max_steps", "40", "--lora_r", "8"], own)

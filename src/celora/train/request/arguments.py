@@ -347,11 +347,14 @@ def sft_config(request: TrainRequest) -> Any:
             train[new], train[old] = train.get(new, train[old]), None
     # The model is loaded already, and TRL would warn that it ignores `model_init_kwargs`.
     own = {name: value for name, value in train.items() if name not in ("disable_tqdm", "model_init_kwargs")}
+    own |= {name: float(own[name]) for name in ("adam_beta1", "adam_beta2") if name in own}  # torch refuses 0, not 0.0
     try:
         args = SFTConfig(output_dir=str(request.output), disable_tqdm=True, **own)
     except Exception as error:  # whatever TRL, transformers and accelerate raise about a value
         kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
-        raise CELoraError(f"{kind}{error}") from error
+        texts = {name: repr(value) for name, value in own.items() if isinstance(value, str)}
+        unnamed = [f"{name}={text}: " for name, text in texts.items() if text in str(error) and name not in str(error)]
+        raise CELoraError(f"{unnamed[0] if len(unnamed) == 1 else ''}{kind}{error}") from error
     template = args.chat_template_path
     if template is not None and not Path(template).expanduser().is_file():
         raise CELoraError(
