@@ -37,6 +37,10 @@ def write(path: Path, *rows: dict) -> str:
         ({"use_dora": True, "lora_bias": True}, "no adapter with these settings"),
         ({"lora_modules_to_save": ["heads"]}, "lora_modules_to_save='heads', but the model has no module of that name"),
         (
+            {"lora_target_parameters": ["up.weight"]},
+            "lora_target_parameters='up.weight', but the model has no parameter",
+        ),
+        (
             {"lora_target_modules": ["q_porj"]},
             "unknown lora_target_modules 'q_porj'; did you mean 'q_proj'",
         ),

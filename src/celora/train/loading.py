@@ -249,17 +249,22 @@ def layers(names: Iterable[str]) -> set[str]:
 
 
 def check_modules(request: TrainRequest, model: Any) -> None:
-    """Raise CELoraError for a module to train that the model does not have: of several names, PEFT passes over it."""
+    """Raise CELoraError for a module or parameter to train that the model lacks: of several, PEFT passes over it."""
     names = [name for name, _ in model.named_modules()]
     for target in request.lora["lora_modules_to_save"] or ():
         if not any(name.endswith(target) for name in names):
             raise CELoraError(
                 f"lora_modules_to_save={target!r}, but the model has no module of that name; leave it out"
             )
-    targets = request.lora["lora_target_modules"] or []
-    if _is_expression(targets) or any(parameter.dim() > 2 for parameter in model.parameters()):
+    if any(parameter.dim() > 2 for parameter in model.parameters()):
         return  # a layer's experts are one parameter, for which PEFT translates the names that they had before
-    for target in targets:
+    for target in request.lora["lora_target_parameters"] or ():
+        if not any(f".{name}".endswith(f".{target}") for name, _ in model.named_parameters()):
+            raise CELoraError(
+                f"lora_target_parameters={target!r}, but the model has no parameter of that name; leave it out"
+            )
+    targets = request.lora["lora_target_modules"] or []
+    for target in [] if _is_expression(targets) else targets:
         if not any(f".{name}".endswith(f".{target}") for name in names):
             linear = {name.rpartition(".")[2] for name, module in model.named_modules() if all(shape_of(module))}
             raise unknown("lora_target_modules", target, linear | {"all-linear"})
