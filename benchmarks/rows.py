@@ -45,7 +45,7 @@ def defaults(arm: str) -> dict[str, Any]:
     A page shows no row whose defaults are not those of the code: a test compares them.
     """
     preset = arm.removeprefix("preset ")
-    for beside in (", Adam", " + compile", ", base int8", ", 50 steps' time"):
+    for beside in (", Adam", " + compile", ", base int8", ", 50 steps' time", ", 200 steps' time"):
         preset = preset.removesuffix(beside)
     if preset not in PRESETS or preset == "off":
         return {}

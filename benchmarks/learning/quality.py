@@ -10,7 +10,7 @@ adapter. Arms:
 * `paper`, `auto`, `fast`;
 * `LoRA, auto's time` and `upper half, auto's time`: as many steps as fit into the time that `auto` takes;
 * `LoRA, 50 steps`, and `upper half, 50 steps' time` and `auto, 50 steps' time`: as many steps as fit into the time that
-  the whole command takes for 50 steps of LoRA, from its start to the saved adapter.
+  the whole command takes for 50 steps of LoRA, from its start to the saved adapter. The same for 200 steps.
 
 `python -m benchmarks.learning.quality run` trains and judges missing runs, one by one, into `quality.jsonl`. It can be
 stopped and started again at any time. `python -m benchmarks.learning.quality time` measures the steps of the arms in
@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import math
 import statistics
 import tempfile
@@ -55,9 +56,17 @@ STEPS, BATCH = 40, 8
 RATES = (1e-3, 5e-4, 2e-3)
 PRESETS = ("paper", "auto", "fast")
 TIMED = ("LoRA", "upper half", *PRESETS)
-WHOLE = {arm: f"{arm}, 50 steps" + ("" if arm == "LoRA" else "' time") for arm in ("LoRA", "upper half", "auto")}
-WHOLE_STEPS = 50  # of LoRA
-ARMS = ("untouched", *TIMED, "LoRA, auto's time", "upper half, auto's time", *WHOLE.values())
+WHOLE = ("LoRA", "upper half", "auto")  # get the time of a whole command
+BUDGETS = (50, 200)  # steps of LoRA, whose commands' time that is
+
+
+def whole(arm: str, steps: int) -> str:
+    """The arm that gets the time of `steps` steps of LoRA, from the start of the command to the saved adapter."""
+    return f"{arm}, {steps} steps" + ("" if arm == "LoRA" else "' time")
+
+
+OF_WHOLE = tuple(whole(arm, steps) for steps in BUDGETS for arm in WHOLE)
+ARMS = ("untouched", *TIMED, "LoRA, auto's time", "upper half, auto's time", *OF_WHOLE)
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 RESULTS, TIMES, COMMANDS = (
     Path(__file__).with_name(f"{name}.jsonl") for name in ("quality", "quality-time", "quality-command")
@@ -145,9 +154,9 @@ def steps_in_the_time(task: str) -> dict[str, int]:
     tasks: its median counts.
     """
     budget, timed = steps_in_autos_time(task), command_times(task)
-    for arm, (first, step) in timed.items():
-        spared = timed["LoRA"][0] - first + (WHOLE_STEPS - 1) * timed["LoRA"][1]
-        budget[WHOLE[arm]] = WHOLE_STEPS if arm == "LoRA" else 1 + math.floor(spared / step)
+    for steps, (arm, (first, step)) in itertools.product(BUDGETS, timed.items()):
+        spared = timed["LoRA"][0] - first + (steps - 1) * timed["LoRA"][1]
+        budget[whole(arm, steps)] = steps if arm == "LoRA" else 1 + math.floor(spared / step)
     return budget
 
 
@@ -171,7 +180,7 @@ def run(tasks: list[str], arms: list[str], seeds: list[int], rates: list[float],
         for seed in seeds:
             for arm in arms:
                 if "," in arm and arm not in budget:
-                    what = "command" if arm in WHOLE.values() else "time"
+                    what = "command" if arm in OF_WHOLE else "time"
                     first = f"python -m benchmarks.learning.quality {what} --tasks {task}"
                     say(f"{task}, {arm}: left out; `{first}` comes first")
                     continue
@@ -239,13 +248,13 @@ def time_commands(tasks: list[str], repeats: int) -> None:
     """The same, and the seconds from the start of a command of one step to its adapter."""
     for task in tasks:
         first = {arm: {"first_s": _first_step(task, arm)} for arm in WHOLE}
-        times = _step_times(task, list(WHOLE), repeats)
+        times = _step_times(task, [*WHOLE], repeats)
         _replace(COMMANDS, task, repeats, {arm: first[arm] | {"time_ms": times[arm]} for arm in WHOLE})
 
 
 def _first_step(task: str, arm: str) -> float:
     with tempfile.TemporaryDirectory() as scratch:
-        tokenised = WHOLE_STEPS * (1 if arm == "LoRA" else 3)  # the rows of so many steps, for the one
+        tokenised = BUDGETS[0] * (1 if arm == "LoRA" else 3)  # the rows of so many steps, for the one
         asked = settings(task, arm, Path(scratch), max_steps=tokenised) | {"max_steps": 1, "warmup_steps": 0}
         if arm == "auto":
             forget_measurements()

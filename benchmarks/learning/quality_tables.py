@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 from benchmarks import rows
@@ -31,7 +31,7 @@ def scores() -> str:
     body, compared = [], 0
     for task in (name for name in quality_tasks.NAMES if any(row["task"] == name for row in found)):
         base = chosen(found, task, "LoRA")
-        for arm in (arm for arm in quality.ARMS if arm not in quality.WHOLE.values()):  # those have their own table
+        for arm in (arm for arm in quality.ARMS if arm not in quality.OF_WHOLE):  # those have their own table
             by_seed = chosen(found, task, arm)
             if not by_seed:
                 continue
@@ -102,38 +102,38 @@ def verdict() -> str:
     )
 
 
-def whole_command() -> str:
-    """`auto` by task against its rivals, when each command may take as long as fifty steps of LoRA."""
+def whole_command(steps: int) -> str:
+    """`auto` by task against its rivals, when each command may take as long as so many steps of LoRA."""
     found, timed = quality.found(), rows.found(quality.COMMANDS)
-    body = []
+    names, body = {arm: quality.whole(arm, steps) for arm in quality.WHOLE}, []
     for task in quality_tasks.NAMES:
-        by_arm = {arm: chosen(found, task, name) for arm, name in quality.WHOLE.items()}
+        by_arm = {arm: chosen(found, task, name) for arm, name in names.items()}
         if min(map(len, by_arm.values())) < _ENOUGH:
             continue
         first, step = quality.command_times(task)["LoRA"]
-        cells = [task, f"{first + (quality.WHOLE_STEPS - 1) * step:.0f} s"]
+        cells = [task, f"{first + (steps - 1) * step:.0f} s"]
         for arm in by_arm.values():
             one = arm[0]
             mean = _shown(statistics.fmean(row["test"] for row in arm.values()), one)
             cells.append(f"{mean} ({one['steps']} at {one['learning_rate']:g})")
-        ahead = [_ahead(found, task, quality.WHOLE["auto"], quality.WHOLE[arm]) for arm in ("LoRA", "upper half")]
+        ahead = [_ahead(found, task, names["auto"], names[arm]) for arm in ("LoRA", "upper half")]
         body.append([*cells, str(len(ahead[0])), *(_hundredths(_better(by)) for by in ahead)])
     if not body:
         return "Not measured yet."
     header = ["task", "the command", *(f"{arm} (steps, rate)" for arm in quality.WHOLE)]
     header += ["seeds", "auto against LoRA", "auto against the upper half"]
     places = "; ".join(dict.fromkeys(rows.where(row) for row in timed))
-    trained = dict.fromkeys(rows.where(row) for row in found if row["arm"] in quality.WHOLE.values())
+    trained = dict.fromkeys(rows.where(row) for row in found if row["arm"] in names.values())
     return rows.markdown(header, body) + (
         "\n\nThe last columns: hundredths (points, or 0.01 nats per token) by which `auto` is better, with 95 % "
         f"intervals. Timed on {places}. Trained on {'; '.join(trained)}."
     )
 
 
-def whole_steps() -> str:
+def whole_steps(steps: int) -> str:
     """How many steps of `auto` the time of a whole command allows, over the tasks."""
     timed = dict.fromkeys(row["task"] for row in rows.found(quality.COMMANDS))
-    allowed = [quality.steps_in_the_time(task)[quality.WHOLE["auto"]] for task in timed]
+    allowed = [quality.steps_in_the_time(task)[quality.whole("auto", steps)] for task in timed]
     return f"{min(allowed)} to {max(allowed)}"
 
 
@@ -302,6 +302,17 @@ def _signed(value: float, row: dict[str, Any]) -> str:
     return f"{100 * value:+.1f} points" if row["higher_is_better"] else f"{value:+.4f}"
 
 
+def _of_whole_commands(steps: int) -> dict[str, Callable[[], str]]:
+    auto, lora, upper_half = (quality.whole(arm, steps) for arm in ("auto", "LoRA", "upper half"))
+    return {
+        f"whole_steps_{steps}": functools.partial(whole_steps, steps),
+        f"whole_leads_{steps}": functools.partial(leads, lora, auto=auto),
+        f"whole_leads_surely_{steps}": functools.partial(leads, lora, auto=auto, surely=True),
+        f"whole_leads_upper_half_{steps}": functools.partial(leads, upper_half, auto=auto),
+        f"whole_leads_upper_half_surely_{steps}": functools.partial(leads, upper_half, auto=auto, surely=True),
+    }
+
+
 VALUES = {
     **{f"near_{preset}": functools.partial(near, preset) for preset in ("auto", "fast")},
     **{f"shown_{preset}": functools.partial(shown, preset) for preset in ("auto", "fast")},
@@ -310,15 +321,12 @@ VALUES = {
     "leads": functools.partial(leads, _RIVALS[0]),
     "leads_surely": functools.partial(leads, _RIVALS[0], surely=True),
     "leads_upper_half": functools.partial(leads, _RIVALS[1]),
-    "whole_steps": whole_steps,
-    "whole_leads": functools.partial(leads, quality.WHOLE["LoRA"], auto=quality.WHOLE["auto"]),
-    "whole_leads_surely": functools.partial(leads, quality.WHOLE["LoRA"], auto=quality.WHOLE["auto"], surely=True),
-    "whole_leads_upper_half": functools.partial(leads, quality.WHOLE["upper half"], auto=quality.WHOLE["auto"]),
+    **{name: value for steps in quality.BUDGETS for name, value in _of_whole_commands(steps).items()},
     **{f"lead_{task}": functools.partial(lead, task) for task in ("text", "chat", "chain_sum")},
 }
 TABLES = {
     "scores": scores,
     "verdict": verdict,
-    "whole_command": whole_command,
+    **{f"whole_command_{steps}": functools.partial(whole_command, steps) for steps in quality.BUDGETS},
     "missing": missing,
 }

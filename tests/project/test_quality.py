@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -172,7 +173,7 @@ def test_the_time_of_a_whole_command(tmp_path: Path, monkeypatch: pytest.MonkeyP
     """Scores, and who is ahead, of tasks with three seeds of each arm, at the steps that the times allow."""
     for name in ("RESULTS", "TIMES", "COMMANDS"):
         monkeypatch.setattr(quality, name, tmp_path / f"{name}.jsonl")
-    assert quality_tables.whole_command() == "Not measured yet."
+    assert quality_tables.whole_command(50) == "Not measured yet."
     times = {"LoRA": (9.0, 1000.0), "upper half": (9.5, 700.0), "auto": (11.0, 300.0)}
     on = {"threads": 2, "cpu": "a CPU", "torch": "2"}
     quality.rows.write(
@@ -197,7 +198,7 @@ def test_the_time_of_a_whole_command(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ]
         + [row("auto, 50 steps' time", seed, 1e-3, 0.9, 0.0, steps=9) | {"task": "chat"} for seed in range(3)],
     )
-    table = quality_tables.whole_command().splitlines()
+    table = quality_tables.whole_command(50).splitlines()
     assert table[2:5] == [
         "| chain_sum | 58 s | 51.0% (50 at 0.001) | 61.0% (70 at 0.001) | 46.0% (157 at 0.001) | 3 | "
         "-5.0 (-5.0 to -5.0) | -15.0 (-15.0 to -15.0) |",
@@ -205,9 +206,12 @@ def test_the_time_of_a_whole_command(tmp_path: Path, monkeypatch: pytest.MonkeyP
         "+10.0 (+10.0 to +10.0) | +30.0 (+30.0 to +30.0) |",
         "",  # `text` lacks a seed
     ]
-    values = {name: value() for name, value in quality_tables.VALUES.items() if "whole" in name}
-    assert values.pop("whole_steps") == "157 to 157"
+    values = {name: value() for name, value in quality_tables.VALUES.items() if re.search("whole.*50", name)}
+    assert values.pop("whole_steps_50") == "157 to 157"
+    assert len(values) == 4
     assert set(values.values()) == {"1 of 2"}
+    assert quality_tables.whole_steps(200) == "657 to 657"
+    assert quality_tables.whole_command(200) == "Not measured yet."
     assert "auto, 50 steps" not in quality_tables.scores()
 
 
@@ -325,13 +329,13 @@ def test_runs_what_is_missing_and_times_it(
     rows = [quality_tasks._row(f"w{i} w{i + 1}", f"w{i % 7}") for i in range(30)]
     tiny = quality_tasks.Task("chat", "exact match", True, rows[:20], rows[20:25], rows[25:], quality_tasks.exact_match)
     monkeypatch.setattr(quality_tasks, "task", lambda name: tiny)
-    for name, value in {"STEPS": 2, "BATCH": 2, "WHOLE_STEPS": 2}.items():
+    for name, value in {"STEPS": 2, "BATCH": 2, "BUDGETS": (2,)}.items():
         monkeypatch.setattr(quality, name, value)
     for name in ("RESULTS", "TIMES", "COMMANDS"):
         monkeypatch.setattr(quality, name, tmp_path / f"{name}.jsonl")
     monkeypatch.setattr(quality, "demo_model", lambda: model)
     said: list[str] = []
-    arms = list(quality.ARMS)
+    arms = [arm for arm in quality.ARMS if arm not in quality.OF_WHOLE] + [quality.whole(a, 2) for a in quality.WHOLE]
     quality.run(["chat"], ["untouched", "LoRA"], [0], [1e-3], said.append)
     quality.time_steps(["chat"], list(quality.TIMED), 2)
     timed = quality.rows.read(quality.TIMES)
@@ -380,8 +384,9 @@ def test_rivals_get_the_time_of_the_whole_command(tmp_path: Path, monkeypatch: p
         for arm, (first, ms) in times.items()
     ]
     quality.rows.write(quality.COMMANDS, measured)
-    steps = quality.steps_in_the_time("chat")
-    assert steps == {"LoRA, 50 steps": 50, "upper half, 50 steps' time": 70, "auto, 50 steps' time": 157}
-    whole = 9.0 + 49 * 1.0
-    for (first, ms), count in zip(times.values(), steps.values(), strict=True):
+    found = quality.steps_in_the_time("chat")
+    assert list(found) == list(quality.OF_WHOLE)
+    assert list(found.values()) == [50, 70, 157, 200, 284, 657]
+    for (arm, (first, ms)), steps in itertools.product(times.items(), quality.BUDGETS):
+        whole, count = 9.0 + (steps - 1) * 1.0, found[quality.whole(arm, steps)]
         assert first + (count - 1) * ms / 1000 <= whole < first + count * ms / 1000
