@@ -120,7 +120,6 @@ with importing():
     looks, made = gc.isenabled(), [[] for _ in range(100_000)]
 print(looks, gc.isenabled(), gc.get_freeze_count() > 100_000)
 import sys
-import types
 sys.modules["torch"] = sys  # as in a program that has imported it
 with importing():
     print(gc.isenabled())

@@ -104,16 +104,18 @@ def test_tied_is_what_the_models_class_says(tokenizer, tmp_path):
         (0, {"eos_token_id": 0, "temperature": 0.5, "do_sample": True}, 5, [5, 0]),
         ([0, 7], {"eos_token_id": [0, 7]}, [5, 0, 7], [5, 0, 7]),
         (None, None, 5, [5]),
+        (5, {"temperature": 0.5, "do_sample": True}, 5, [5]),
         ([0, 5], {"eos_token_id": [0, 5]}, [0, 5], [0, 5]),
         (5, None, 5, 5),  # without a file of its own, the model's configuration says it
     ],
 )
 def test_the_merged_model_ends_where_training_ended(own, generation, ends, file, tokenizer, tmp_path):
-    """`--eos_token` may have made it another token than the base's."""
+    """`--eos_token` may have made it another token than the base's. Other settings stay."""
     model = adapted(**SETTINGS["lora"])
     adapter = SavedAdapter(save(model, tmp_path / "adapter"))
     base = base_of(tmp_path / "base")
     config = json.loads((base / "config.json").read_text()) | {"eos_token_id": own, "bos_token_id": 3}
+    config |= {"repetition_penalty": 1.5}  # which counts without a file of its own
     (base / "config.json").write_text(json.dumps(config))
     (base / "generation_config.json").unlink()
     if generation:
@@ -127,7 +129,25 @@ def test_the_merged_model_ends_where_training_ended(own, generation, ends, file,
     assert found.generation_config.eos_token_id == file
     assert found.generation_config.bos_token_id == (None if generation else 3)
     assert found.generation_config.temperature == (generation or {}).get("temperature")
+    assert found.generation_config.repetition_penalty == (None if generation else 1.5)
     assert (tmp_path / "new" / "generation_config.json").exists() == (generation is not None or own != 5)
+
+
+@pytest.mark.parametrize(
+    ("config", "end", "then", "file"),
+    [
+        ({"eos_token_id": [1, 6], "text_config": {"eos_token_id": 1}}, 7, ([7, 1, 6], 7), [7, 1, 6]),
+        ({"eos_token_id": [1, 6], "text_config": {}}, 1, ([1, 6], None), None),
+        ({"text_config": {"eos_token_id": 1}}, 7, (None, 7), [7]),
+        ({"eos_token_id": 1, "text_config": None}, 7, (7, None), [7, 1]),
+        ({}, 7, (7, None), [7]),
+        ({"eos_token_id": 1}, None, (1, None), None),
+    ],
+)
+def test_where_a_configuration_of_several_parts_ends(config, end, then, file):
+    made = merged_folder._ending(config, None, end)
+    assert (config.get("eos_token_id"), (config.get("text_config") or {}).get("eos_token_id")) == then
+    assert (made and made["eos_token_id"]) == file
 
 
 def test_several_files_go_in_and_come_out(tokenizer, tmp_path, monkeypatch):
@@ -190,6 +210,9 @@ def test_what_cannot_be_merged_is_one_line(tokenizer, tmp_path):
         write_folder(new, base, adapter, tokenizer)
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(CELoraError, match=r"cannot read .*model.safetensors"):
+        write_folder(new, base, adapter, tokenizer)
+    (base / "generation_config.json").write_text("[]")
+    with pytest.raises(CELoraError, match=r"generation_config.json' is no JSON object; fetch the base model again"):
         write_folder(new, base, adapter, tokenizer)
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "bitsandbytes"}}))

@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from celora.errors import CELoraError
 from celora.train.use.generation import Sampling, answers
 from celora.train.use.trained import adapter_config, load_trained, request_of, tokenizer_of, unfinished
 from patching import patch_all
-from runs import go
+from runs import PressCtrlC, go, on_build
 
 
 @pytest.fixture
@@ -144,22 +145,34 @@ def test_what_is_no_finished_adapter_is_refused(folder, tmp_path):
         adapter_config(tmp_path)
 
 
-def test_a_run_that_was_continued_and_not_finished_says_so(folder, capsys):
+def test_a_run_that_was_continued_and_not_finished_says_so(inputs, tmp_path, capsys):
     """Its folder still holds the adapter of its earlier end."""
-    assert unfinished(folder) == unfinished(folder / "checkpoint-3") == ""
-    record = json.loads((folder / "run.json").read_text())
-    (folder / "run.json").write_text(json.dumps(record | {"status": "interrupted"}))
-    newest = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    output = tmp_path / "out"
+    go(inputs, output, max_steps=3)
+    assert unfinished(output) == unfinished(output / "checkpoint-3") == ""
+    with pytest.MonkeyPatch.context() as patch:
+        on_build(patch, lambda trainer: trainer.add_callback(PressCtrlC(after=3)))
+        go(inputs, output, max_steps=6, resume=True)
     line = (
-        f"{str(folder)!r} holds the adapter of before its run was continued. Its newest steps are in "
-        f"{str(newest)!r}; --resume finishes the run."
+        f"{str(output)!r} holds the adapter of step 3. The run was continued: its newest steps are in "
+        f"{str(output / 'checkpoint-4')!r}, and --resume finishes it."
     )
-    assert unfinished(folder) == line
-    assert unfinished(newest) == ""
-    assert main(["chat", str(folder), "--prompt", "hi", "--max-new-tokens", "1"]) == 0
-    assert line in capsys.readouterr().err
-    assert main(["export", str(folder), "--to", "gguf"]) == 0
-    assert line in capsys.readouterr().err
+    assert unfinished(output) == line
+    assert unfinished(output / "checkpoint-4") == ""
+    for command in (["chat", "--prompt", "hi", "--max-new-tokens", "1"], ["export", "--to", "gguf"]):
+        assert main([*command, str(output)]) == 0
+        assert line in capsys.readouterr().err
+    go(inputs, output, max_steps=6, resume=True)
+    assert unfinished(output) == ""
+
+
+def test_a_run_whose_upload_failed_was_not_continued(inputs, tmp_path, monkeypatch):
+    patch_all(monkeypatch, "celora.train.run:upload", Mock(side_effect=OSError("no network")))
+    with pytest.raises(CELoraError, match="no network"):
+        go(inputs, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["status"] == "failed"
+    assert adapter_config(tmp_path / "out")
+    assert unfinished(tmp_path / "out") == ""
 
 
 def test_another_kind_of_adapter_is_refused(folder):

@@ -80,7 +80,7 @@ def training(model: nn.Module) -> Iterator[None]:
 def untouched(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[Callable[[], None]]:
     """At the end, restore what forwards and backwards have changed: `.grad`, buffers, random state.
 
-    Meanwhile no hook runs after a gradient is added up: an optimizer may make its step there.
+    Meanwhile no hook of `register_post_accumulate_grad_hook` runs: an optimizer may make its step there.
 
     Yields a function that sets the random state back to the beginning, so that dropout repeats itself.
     """

@@ -246,6 +246,7 @@ def _open(run: _Entered, ready: _Ready, marker: dict[str, Any], stack: ExitStack
     record = make_record(ready.request, trainer.args, chosen.config, ready.attached)
     gate = list(chosen.timings) or (run.earlier or {}).get("gate", [])  # a resumed run does not time again
     record |= {"gate": gate, "made_from": ready.made_from, "asked": ready.asked, "turns": has_turns(ready.rows)}
+    record["adapter_step"] = (run.earlier or {}).get("adapter_step")  # of the adapter beside this file
     write_json(output / RUN, record)
     if chosen.plan is not None:
         chosen.plan.save(output / PLAN)
@@ -288,6 +289,7 @@ def _carry_out(
                     trainer.evaluate()
                 with clock.spending("save"):
                     save_adapter(trainer, folder.path)
+                    written.record["adapter_step"] = int(trainer.state.global_step)
                     upload(trainer, folder)
             status = "interrupted" if early else "finished"
     except KeyboardInterrupt:

@@ -14,7 +14,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig
+from transformers import AutoConfig, GenerationConfig
 
 from celora.errors import CELoraError
 from celora.files import read_json
@@ -53,6 +53,9 @@ def write_folder(folder: Path, base: Path, adapter: SavedAdapter, tokenizer: Any
             f"the base model in {str(base)!r} is quantised, and its weights cannot be merged with; give --model with "
             "the model that it was made from"
         )
+    generation = read_json(base / _GENERATION) if (base / _GENERATION).is_file() else None
+    if not isinstance(generation, dict | None):
+        raise CELoraError(f"{str(base / _GENERATION)!r} is no JSON object; fetch the base model again")
     # The file leaves out what is the default of the model's class, which differs between classes.
     text = AutoConfig.from_pretrained(base, trust_remote_code=False).get_text_config()
     tied = bool(getattr(text, "tie_word_embeddings", False))
@@ -76,26 +79,39 @@ def write_folder(folder: Path, base: Path, adapter: SavedAdapter, tokenizer: Any
         )
     if untied:
         config["tie_word_embeddings"] = False
-    generation = read_json(base / _GENERATION) if (base / _GENERATION).is_file() else {}
-    _align(config, generation, tokenizer)
+    generation = _ending(config, generation, tokenizer.eos_token_id)
     for name, content in (("config.json", config), (_GENERATION, generation)):
-        if content:
+        if content is not None:
             (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     tokenizer.save_pretrained(folder)
     return len(names)
 
 
-def _align(config: dict[str, Any], generation: dict[str, Any], tokenizer: Any) -> None:
-    """Let the model end with the tokenizer's end token, too, as Trainer does with the model that it trains."""
-    text, key, end = config.get("text_config", config), "eos_token_id", tokenizer.eos_token_id
-    before = generation.get(key, text.get(key))
-    ends = before if isinstance(before, list) else [before]
+def _ending(config: dict[str, Any], generation: dict[str, Any] | None, end: int | None) -> dict[str, Any] | None:
+    """Let the model end with the tokenizer's end token, too, as Trainer does with the model that it trains.
+
+    Args:
+        config: the content of config.json, which is changed.
+        generation: that of generation_config.json. Without one, Transformers takes such settings from config.json.
+        end: the token.
+
+    Returns:
+        What generation_config.json has to hold; None for no such file.
+    """
+    key = "eos_token_id"
+    before = {k: config[k] for k in GenerationConfig().to_dict() if k in config} if generation is None else generation
+    ends = _listed(before.get(key))
     if end is None or end in ends:
-        return
-    if not generation:  # it was derived from the model's configuration
-        generation |= {name: text[name] for name in ("bos_token_id", "pad_token_id") if name in text}
-    generation[key] = [end, *(other for other in ends if other is not None)]
-    text[key] = [end, *text[key]] if isinstance(text.get(key), list) else end
+        return generation
+    places = [place for place in (config, config.get("text_config") or {}) if key in place]
+    for place in places or [config]:
+        if end not in _listed(place.get(key)):
+            place[key] = [end, *place[key]] if isinstance(place.get(key), list) else end
+    return before | {key: [end, *ends]}
+
+
+def _listed(tokens: Any) -> list[Any]:
+    return tokens if isinstance(tokens, list) else [] if tokens is None else [tokens]
 
 
 def _tensors(base: Path) -> Iterator[tuple[str, Tensor]]:

@@ -78,13 +78,13 @@ def adapter_config(folder: Path) -> dict[str, Any]:
 
 def unfinished(folder: Path) -> str:
     """Says that a finished run was continued, and that its newer steps are not in `folder`; empty if all are."""
-    record = _record(folder)
-    newest = OutputFolder(folder).last_checkpoint() if record and record.get("status") != "finished" else None
-    if newest is None:
+    saved = (_record(folder) or {}).get("adapter_step")
+    newest = OutputFolder(folder).last_checkpoint() if isinstance(saved, int) else None
+    if newest is None or newest[1]["step"] <= saved:
         return ""
     return (
-        f"{str(folder)!r} holds the adapter of before its run was continued. Its newest steps are in "
-        f"{str(newest[0])!r}; --resume finishes the run."
+        f"{str(folder)!r} holds the adapter of step {saved}. The run was continued: its newest steps are in "
+        f"{str(newest[0])!r}, and --resume finishes it."
     )
 
 
