@@ -177,9 +177,9 @@ def leads(rival: str, *, auto: str = "auto", surely: bool = False) -> str:
     return f"{sum(by[surely] > 0 for by in by_task.values())} of {len(by_task)}"
 
 
-def lead(task: str) -> str:
+def lead(task: str, rival: str = _RIVALS[0], *, auto: str = "auto") -> str:
     """By how much `auto` is ahead of LoRA at equal time, in words."""
-    return _in_words(task, _differences("auto", _RIVALS[0])[task][0])
+    return _in_words(task, _differences(auto, rival)[task][0])
 
 
 def _in_words(task: str, by: float) -> str:
@@ -310,6 +310,10 @@ def _of_whole_commands(steps: int) -> dict[str, Callable[[], str]]:
         f"whole_leads_surely_{steps}": functools.partial(leads, lora, auto=auto, surely=True),
         f"whole_leads_upper_half_{steps}": functools.partial(leads, upper_half, auto=auto),
         f"whole_leads_upper_half_surely_{steps}": functools.partial(leads, upper_half, auto=auto, surely=True),
+        **{
+            f"whole_lead_{task}_{steps}": functools.partial(lead, task, lora, auto=auto)
+            for task in ("family_relationships", "chat")
+        },
     }
 
 

@@ -206,10 +206,13 @@ def test_the_time_of_a_whole_command(tmp_path: Path, monkeypatch: pytest.MonkeyP
         "+10.0 (+10.0 to +10.0) | +30.0 (+30.0 to +30.0) |",
         "",  # `text` lacks a seed
     ]
-    values = {name: value() for name, value in quality_tables.VALUES.items() if re.search("whole.*50", name)}
+    values = {
+        name: value() for name, value in quality_tables.VALUES.items() if re.search("whole_(steps|leads).*50", name)
+    }
     assert values.pop("whole_steps_50") == "157 to 157"
     assert len(values) == 4
     assert set(values.values()) == {"1 of 2"}
+    assert quality_tables.VALUES["whole_lead_chat_50"]() == "0.10 nats"
     assert quality_tables.whole_steps(200) == "657 to 657"
     assert quality_tables.whole_command(200) == "Not measured yet."
     assert "auto, 50 steps" not in quality_tables.scores()
