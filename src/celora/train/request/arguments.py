@@ -270,7 +270,7 @@ def recorded(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def check_record(path: Path, record: Mapping[str, Any]) -> None:
     """Raise CELoraError for a run.json that no run can have written."""
-    record = {"asked": {}, **record}  # a run that was killed at its beginning had not written it yet
+    record = {"asked": {}, **record}  # older runs have none
     kinds = {"given": dict, "train": dict, "lora": dict, "config": dict, "asked": dict, "r": int}
     for name, kind in kinds.items():
         if not isinstance(record.get(name), kind):
