@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -44,8 +45,8 @@ def defaults(arm: str) -> dict[str, Any]:
 
     A page shows no row whose defaults are not those of the code: a test compares them.
     """
-    preset = arm.removeprefix("preset ")
-    for beside in (", Adam", " + compile", ", base int8", ", 50 steps' time", ", 200 steps' time"):
+    preset = re.sub(r", \d+ steps' time$", "", arm.removeprefix("preset "))
+    for beside in (", Adam", " + compile", ", base int8"):
         preset = preset.removesuffix(beside)
     if preset not in PRESETS or preset == "off":
         return {}

@@ -56,17 +56,17 @@ STEPS, BATCH = 40, 8
 RATES = (1e-3, 5e-4, 2e-3)
 PRESETS = ("paper", "auto", "fast")
 TIMED = ("LoRA", "upper half", *PRESETS)
-WHOLE = ("LoRA", "upper half", "auto")  # get the time of a whole command
-BUDGETS = (50, 200)  # steps of LoRA, whose commands' time that is
+CONTENDERS = ("LoRA", "upper half", "auto")  # get the time of a whole command
+LORA_STEPS = (50, 200)  # steps of LoRA, whose commands' time that is
 
 
-def whole(arm: str, steps: int) -> str:
+def command_arm(arm: str, steps: int) -> str:
     """The arm that gets the time of `steps` steps of LoRA, from the start of the command to the saved adapter."""
     return f"{arm}, {steps} steps" + ("" if arm == "LoRA" else "' time")
 
 
-OF_WHOLE = tuple(whole(arm, steps) for steps in BUDGETS for arm in WHOLE)
-ARMS = ("untouched", *TIMED, "LoRA, auto's time", "upper half, auto's time", *OF_WHOLE)
+COMMAND_ARMS = tuple(command_arm(arm, steps) for steps in LORA_STEPS for arm in CONTENDERS)
+ARMS = ("untouched", *TIMED, "LoRA, auto's time", "upper half, auto's time", *COMMAND_ARMS)
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 RESULTS, TIMES, COMMANDS = (
     Path(__file__).with_name(f"{name}.jsonl") for name in ("quality", "quality-time", "quality-command")
@@ -154,9 +154,9 @@ def steps_in_the_time(task: str) -> dict[str, int]:
     tasks: its median counts.
     """
     budget, timed = steps_in_autos_time(task), command_times(task)
-    for steps, (arm, (first, step)) in itertools.product(BUDGETS, timed.items()):
+    for steps, (arm, (first, step)) in itertools.product(LORA_STEPS, timed.items()):
         spared = timed["LoRA"][0] - first + (steps - 1) * timed["LoRA"][1]
-        budget[whole(arm, steps)] = steps if arm == "LoRA" else 1 + math.floor(spared / step)
+        budget[command_arm(arm, steps)] = steps if arm == "LoRA" else 1 + math.floor(spared / step)
     return budget
 
 
@@ -180,7 +180,7 @@ def run(tasks: list[str], arms: list[str], seeds: list[int], rates: list[float],
         for seed in seeds:
             for arm in arms:
                 if "," in arm and arm not in budget:
-                    what = "command" if arm in OF_WHOLE else "time"
+                    what = "command" if arm in COMMAND_ARMS else "time"
                     first = f"python -m benchmarks.learning.quality {what} --tasks {task}"
                     say(f"{task}, {arm}: left out; `{first}` comes first")
                     continue
@@ -247,14 +247,14 @@ def time_steps(tasks: list[str], arms: list[str], repeats: int) -> None:
 def time_commands(tasks: list[str], repeats: int) -> None:
     """The same, and the seconds from the start of a command of one step to its adapter."""
     for task in tasks:
-        first = {arm: {"first_s": _first_step(task, arm)} for arm in WHOLE}
-        times = _step_times(task, [*WHOLE], repeats)
-        _replace(COMMANDS, task, repeats, {arm: first[arm] | {"time_ms": times[arm]} for arm in WHOLE})
+        first = {arm: {"first_s": _first_step(task, arm)} for arm in CONTENDERS}
+        times = _step_times(task, list(CONTENDERS), repeats)
+        _replace(COMMANDS, task, repeats, {arm: first[arm] | {"time_ms": times[arm]} for arm in CONTENDERS})
 
 
 def _first_step(task: str, arm: str) -> float:
     with tempfile.TemporaryDirectory() as scratch:
-        tokenised = BUDGETS[0] * (1 if arm == "LoRA" else 3)  # the rows of so many steps, for the one
+        tokenised = LORA_STEPS[0] * (1 if arm == "LoRA" else 3)  # the rows of so many steps, for the one
         asked = settings(task, arm, Path(scratch), max_steps=tokenised) | {"max_steps": 1, "warmup_steps": 0}
         if arm == "auto":
             forget_measurements()

@@ -31,7 +31,7 @@ def scores() -> str:
     body, compared = [], 0
     for task in (name for name in quality_tasks.NAMES if any(row["task"] == name for row in found)):
         base = chosen(found, task, "LoRA")
-        for arm in (arm for arm in quality.ARMS if arm not in quality.OF_WHOLE):  # those have their own table
+        for arm in (arm for arm in quality.ARMS if arm not in quality.COMMAND_ARMS):  # those have their own table
             by_seed = chosen(found, task, arm)
             if not by_seed:
                 continue
@@ -105,7 +105,7 @@ def verdict() -> str:
 def whole_command(steps: int) -> str:
     """`auto` by task against its rivals, when each command may take as long as so many steps of LoRA."""
     found, timed = quality.found(), rows.found(quality.COMMANDS)
-    names, body = {arm: quality.whole(arm, steps) for arm in quality.WHOLE}, []
+    names, body = {arm: quality.command_arm(arm, steps) for arm in quality.CONTENDERS}, []
     for task in quality_tasks.NAMES:
         by_arm = {arm: chosen(found, task, name) for arm, name in names.items()}
         if min(map(len, by_arm.values())) < _ENOUGH:
@@ -120,7 +120,7 @@ def whole_command(steps: int) -> str:
         body.append([*cells, str(len(ahead[0])), *(_hundredths(_better(by)) for by in ahead)])
     if not body:
         return "Not measured yet."
-    header = ["task", "the command", *(f"{arm} (steps, rate)" for arm in quality.WHOLE)]
+    header = ["task", "the command", *(f"{arm} (steps, rate)" for arm in quality.CONTENDERS)]
     header += ["seeds", "auto against LoRA", "auto against the upper half"]
     places = "; ".join(dict.fromkeys(rows.where(row) for row in timed))
     trained = dict.fromkeys(rows.where(row) for row in found if row["arm"] in names.values())
@@ -133,7 +133,7 @@ def whole_command(steps: int) -> str:
 def whole_steps(steps: int) -> str:
     """How many steps of `auto` the time of a whole command allows, over the tasks."""
     timed = dict.fromkeys(row["task"] for row in rows.found(quality.COMMANDS))
-    allowed = [quality.steps_in_the_time(task)[quality.whole("auto", steps)] for task in timed]
+    allowed = [quality.steps_in_the_time(task)[quality.command_arm("auto", steps)] for task in timed]
     return f"{min(allowed)} to {max(allowed)}"
 
 
@@ -303,7 +303,7 @@ def _signed(value: float, row: dict[str, Any]) -> str:
 
 
 def _of_whole_commands(steps: int) -> dict[str, Callable[[], str]]:
-    auto, lora, upper_half = (quality.whole(arm, steps) for arm in ("auto", "LoRA", "upper half"))
+    auto, lora, upper_half = (quality.command_arm(arm, steps) for arm in ("auto", "LoRA", "upper half"))
     return {
         f"whole_steps_{steps}": functools.partial(whole_steps, steps),
         f"whole_leads_{steps}": functools.partial(leads, lora, auto=auto),
@@ -325,12 +325,12 @@ VALUES = {
     "leads": functools.partial(leads, _RIVALS[0]),
     "leads_surely": functools.partial(leads, _RIVALS[0], surely=True),
     "leads_upper_half": functools.partial(leads, _RIVALS[1]),
-    **{name: value for steps in quality.BUDGETS for name, value in _of_whole_commands(steps).items()},
+    **{name: value for steps in quality.LORA_STEPS for name, value in _of_whole_commands(steps).items()},
     **{f"lead_{task}": functools.partial(lead, task) for task in ("text", "chat", "chain_sum")},
 }
 TABLES = {
     "scores": scores,
     "verdict": verdict,
-    **{f"whole_command_{steps}": functools.partial(whole_command, steps) for steps in quality.BUDGETS},
+    **{f"whole_command_{steps}": functools.partial(whole_command, steps) for steps in quality.LORA_STEPS},
     "missing": missing,
 }

@@ -332,13 +332,15 @@ def test_runs_what_is_missing_and_times_it(
     rows = [quality_tasks._row(f"w{i} w{i + 1}", f"w{i % 7}") for i in range(30)]
     tiny = quality_tasks.Task("chat", "exact match", True, rows[:20], rows[20:25], rows[25:], quality_tasks.exact_match)
     monkeypatch.setattr(quality_tasks, "task", lambda name: tiny)
-    for name, value in {"STEPS": 2, "BATCH": 2, "BUDGETS": (2,)}.items():
+    for name, value in {"STEPS": 2, "BATCH": 2, "LORA_STEPS": (2,)}.items():
         monkeypatch.setattr(quality, name, value)
     for name in ("RESULTS", "TIMES", "COMMANDS"):
         monkeypatch.setattr(quality, name, tmp_path / f"{name}.jsonl")
     monkeypatch.setattr(quality, "demo_model", lambda: model)
     said: list[str] = []
-    arms = [arm for arm in quality.ARMS if arm not in quality.OF_WHOLE] + [quality.whole(a, 2) for a in quality.WHOLE]
+    arms = [arm for arm in quality.ARMS if arm not in quality.COMMAND_ARMS] + [
+        quality.command_arm(a, 2) for a in quality.CONTENDERS
+    ]
     quality.run(["chat"], ["untouched", "LoRA"], [0], [1e-3], said.append)
     quality.time_steps(["chat"], list(quality.TIMED), 2)
     timed = quality.rows.read(quality.TIMES)
@@ -388,8 +390,10 @@ def test_rivals_get_the_time_of_the_whole_command(tmp_path: Path, monkeypatch: p
     ]
     quality.rows.write(quality.COMMANDS, measured)
     found = quality.steps_in_the_time("chat")
-    assert list(found) == list(quality.OF_WHOLE)
-    assert list(found.values()) == [50, 70, 157, 200, 284, 657]
-    for (arm, (first, ms)), steps in itertools.product(times.items(), quality.BUDGETS):
-        whole, count = 9.0 + (steps - 1) * 1.0, found[quality.whole(arm, steps)]
+    assert found == {
+        "LoRA, 50 steps": 50, "upper half, 50 steps' time": 70, "auto, 50 steps' time": 157,
+        "LoRA, 200 steps": 200, "upper half, 200 steps' time": 284, "auto, 200 steps' time": 657,
+    }  # fmt: skip
+    for (arm, (first, ms)), steps in itertools.product(times.items(), quality.LORA_STEPS):
+        whole, count = 9.0 + (steps - 1) * 1.0, found[quality.command_arm(arm, steps)]
         assert first + (count - 1) * ms / 1000 <= whole < first + count * ms / 1000
