@@ -7,9 +7,10 @@ paper's preset, single estimators, `auto` at several fidelities, and presets on 
 
 `python -m benchmarks.learning.training run` trains run by run into `training.jsonl`, and can be interrupted. With
 `--text code` it trains on the source of the standard library, which is long enough for thousands of steps (`--steps`),
-into `training-code.jsonl`. `python -m benchmarks.learning.training time` measures the whole step of each arm in turns,
-on an otherwise idle machine, into `training-time.jsonl`. Equal wall-clock compares each arm's last loss with the loss
-that exact LoRA has at the same time, interpolated between its measured losses.
+into `training-code.jsonl`, and clips gradients as Trainer does: two steps that were too large spoilt a run. `python -m
+benchmarks.learning.training time` measures the whole step of each arm in turns, on an otherwise idle machine, into
+`training-time.jsonl`. Equal wall-clock compares each arm's last loss with the one that exact LoRA has at the same time,
+interpolated between its measured losses.
 """
 
 from __future__ import annotations
@@ -43,7 +44,11 @@ STEPS, EVALUATE_EVERY, BATCH, HELD_OUT = 200, 40, 4, 8
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 RESULTS, TIMES = Path(__file__).with_name("training.jsonl"), Path(__file__).with_name("training-time.jsonl")
 CODE = Path(__file__).with_name("training-code.jsonl")
-TEXTS = {"reference": (fidelity.language_reference, RESULTS), "code": (fidelity.standard_library, CODE)}
+CLIP = 1.0  # Trainer's `max_grad_norm`
+TEXTS: dict[str, tuple[Callable[[], str], Path, float | None]] = {
+    "reference": (fidelity.language_reference, RESULTS, None),
+    "code": (fidelity.standard_library, CODE, CLIP),
+}
 Batch = dict[str, Tensor]
 
 
@@ -121,15 +126,19 @@ def optimize(
     steps: int,
     evaluate_every: int = EVALUATE_EVERY,
     rate: float = 5e-4,
+    clip: float | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[int, float]:
     """Train. Returns the held-out loss at step 0, and at every 40th step."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 10))
     losses = {0: loss_on(model, held_out)}
     begun = time.perf_counter()
     for step in range(steps):
         model(**training[step % len(training)]).loss.backward()
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_(trained, clip)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
@@ -153,13 +162,17 @@ def train(
     report = attach(model, arm, training)
     if arm == "exact, 3/4 batch":
         training = [{key: value[: 3 * BATCH // 4] for key, value in batch.items()} for batch in training]
-    losses = optimize(model, training, held_out, steps=steps, say=lambda text: say(f"{arm}, seed {seed}, {text}"))
+    clip = TEXTS[text][2]
+    losses = optimize(
+        model, training, held_out, steps=steps, clip=clip, say=lambda text: say(f"{arm}, seed {seed}, {text}")
+    )
     return {
         "arm": arm,
         "seed": seed,
         "losses": {str(step): round(loss, 5) for step, loss in losses.items()},
         "cost": round(report.cost, 4) if report else 1.0,
         "dtype": dtype,
+        "clip": clip,
     } | rows.conditions(arm)
 
 
