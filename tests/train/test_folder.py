@@ -120,7 +120,7 @@ def test_a_killed_overwrite_gives_the_earlier_run_back(folder, moves, monkeypatc
         with pytest.raises(KeyboardInterrupt):
             folder.set_aside()
     assert folder.resumable()["run"] == "earlier"
-    assert names(folder) == sorted([*before, LOCK])
+    assert {*names(folder)} - {LOCK} == {*before}  # older filelocks remove the file
 
     folder.set_aside()  # this time it ends, and the process is killed after it
     assert folder.run() is None
@@ -130,7 +130,7 @@ def test_a_killed_overwrite_gives_the_earlier_run_back(folder, moves, monkeypatc
     assert folder.resumable()["run"] == "new"  # the new run has begun
     folder.restore()
     assert folder.run()["run"] == "earlier"
-    assert names(folder) == sorted([*before, LOCK])
+    assert {*names(folder)} - {LOCK} == {*before}
 
 
 @pytest.mark.fault(
@@ -152,7 +152,7 @@ def test_a_killed_overwrite_does_not_mix_two_runs(folder, removed, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             folder.forget_earlier()
     assert folder.resumable()["run"] == "new"
-    assert {*names(folder), ".replaced"} == {*after, LOCK}
+    assert {*names(folder), ".replaced"} - {LOCK} == {*after} - {LOCK}
     folder.set_aside()
     assert folder.resumable()["run"] == "new"
 
