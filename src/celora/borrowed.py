@@ -21,7 +21,8 @@ NAMES: dict[str, str] = {
     "transformers:Trainer._get_output_dir": "the checkpoints of a hyperparameter search are without celora's state",
     "transformers:Trainer._get_train_sampler": "rows that are grouped by length come in another order once a run is "
     "resumed in a later epoch",
-    "transformers:Trainer._load_best_model": "the best checkpoint is looked for where the checkpoint's state says",
+    "transformers:Trainer._load_best_model": "a run that was stopped after its last step is not finished from its best "
+    "checkpoint",
     "transformers:Trainer._load_from_checkpoint": "a run that was stopped after its last step is not finished from its "
     "checkpoint",
     "transformers:Trainer._save": "training_args.bin stays beside the adapter",

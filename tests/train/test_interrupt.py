@@ -77,6 +77,17 @@ def test_what_ends_a_run_from_outside_leaves_its_checkpoint(number, inputs, tmp_
     assert signal.getsignal(number) is signal.SIG_DFL
 
 
+def test_a_stop_saves_the_step_that_is_evaluated_though_it_is_not_the_best(inputs, tmp_path, monkeypatch):
+    best = {"save_strategy": "best", "metric_for_best_model": "eval_loss", "greater_is_better": True}
+    on_build(monkeypatch, lambda trainer: trainer.add_callback(PressCtrlC(after=3)))
+    result, text = go(
+        inputs, tmp_path, **best, eval_strategy="steps", eval_steps=1, eval_data=inputs["data"], learning_rate=1e-2
+    )
+    assert (result.status, result.step) == ("interrupted", 4)
+    assert "Saved checkpoint-4; continue" in text
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-4"}
+
+
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="this system closes terminals otherwise")
 def test_nohup_is_respected() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)

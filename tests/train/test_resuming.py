@@ -216,6 +216,17 @@ def test_a_run_from_before_a_field_goes_on(inputs, tmp_path):
     assert train(parse(["--max_steps", "2"], own)).step == 2
 
 
+def test_a_resumed_run_saves_logs_and_evaluates_when_it_is_told_to_now(inputs, tmp_path, capfd):
+    go(inputs, tmp_path, max_steps=2, save_steps=2)
+    often = {"save_steps": 1, "save_total_limit": 0, "logging_steps": 3, "eval_strategy": "steps", "eval_steps": 2}
+    go(inputs, tmp_path, **often, max_steps=6, eval_data=inputs["data"], resume=True)
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [f"checkpoint-{step}" for step in range(2, 7)]
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 6]
+    assert [row["step"] for row in rows if "eval_loss" in row] == [4, 6]
+    assert "do not match" not in capfd.readouterr().err
+
+
 def test_a_run_that_steps_ended_goes_on_for_more_epochs(inputs, tmp_path):
     output = tmp_path / "out"
     go(inputs, output, max_steps=2, save_steps=2)  # an epoch has 6 steps

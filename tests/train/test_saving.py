@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,17 +12,18 @@ import torch.distributed as dist
 from huggingface_hub import HfApi
 from huggingface_hub.utils import filter_repo_objects
 from rich.console import Console
+from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from trl import SFTTrainer
 
 from celora.errors import CELoraError
+from celora.train.live import look
 from celora.train.output.manifest import MANIFEST
-from celora.train.output.saving import SafeSaving
 from celora.train.progress import read_metrics
 from celora.train.request.arguments import parse
 from celora.train.run import train
 from patching import patch_all
-from runs import adapter, go, on_build
+from runs import PressCtrlC, adapter, go, on_build
 from small import written_whole
 from tiny import save_rows, save_tiny_model
 from unprivileged import as_nobody, public_folder
@@ -214,18 +214,25 @@ def test_a_folder_that_cannot_be_written_to(where):
     assert "cannot write to --output" in str(error)
 
 
-def test_a_run_killed_between_its_last_checkpoint_and_its_end(inputs, whole, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "length", [{}, {"max_steps": -1, "num_train_epochs": 0.4}], ids=["steps", "a part of an epoch"]
+)
+def test_a_run_killed_between_its_last_checkpoint_and_its_end(length, inputs, whole, tmp_path, monkeypatch):
     """Nothing is left to train. With a limit of one checkpoint, one is always there."""
-
+    steps = 6
+    if length:  # 2.4 of 6 steps, which are 3
+        go(inputs, tmp_path / "whole", **length)
+        whole, steps = adapter(tmp_path / "whole"), 3
     output = tmp_path / "out"
     with monkeypatch.context() as patch:
         patch_all(patch, "celora.train.output.saving:save_adapter", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            go(inputs, output, save_total_limit=1)
+            go(inputs, output, save_total_limit=1, **length)
     assert not (output / "adapter_model.safetensors").exists()
-    assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-6"]
+    assert [path.name for path in output.glob("checkpoint-*")] == [f"checkpoint-{steps}"]
+    assert look(output).steps == steps
     result, _ = resume(output)
-    assert (result.status, result.step) == ("finished", 6)
+    assert (result.status, result.step) == ("finished", steps)
     assert same(adapter(output), whole)
 
 
@@ -239,18 +246,19 @@ def test_an_adapter_is_on_the_disk_before_it_takes_the_place_of_another(inputs, 
     assert disk[at + 1] == named  # after the last checkpoint, before anything else is written
 
 
-def test_the_best_checkpoint_is_taken_from_the_run_s_own_folder(tmp_path):
-    class Stock:
-        def _load_best_model(self):
-            self.loaded = self.state.best_model_checkpoint
-
-    class Safe(SafeSaving, Stock):
-        args = SimpleNamespace(output_dir=str(tmp_path))
-        state = SimpleNamespace(best_model_checkpoint="/elsewhere/checkpoint-4")
-
-    safe = Safe()
-    safe._load_best_model()
-    assert safe.loaded == str(tmp_path / "checkpoint-4")
+def test_the_best_checkpoint_is_found_in_a_folder_that_was_moved(inputs, tmp_path, monkeypatch, capfd):
+    """The first evaluation is the best, and nothing else is saved but the step at which the run is stopped."""
+    best = {"save_strategy": "best", "load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
+    best |= {"greater_is_better": True, "eval_strategy": "steps", "eval_steps": 2, "eval_data": inputs["data"]}
+    go(inputs, tmp_path / "whole", **best, learning_rate=1e-2)
+    with monkeypatch.context() as patch:
+        on_build(patch, lambda trainer: trainer.add_callback(PressCtrlC(after=4)))
+        assert go(inputs, tmp_path / "first", **best, learning_rate=1e-2)[0].status == "interrupted"
+    (tmp_path / "first").rename(tmp_path / "moved")
+    assert resume(tmp_path / "moved")[0].status == "finished"
+    assert same(adapter(tmp_path / "moved"), adapter(tmp_path / "whole"))
+    assert not same(adapter(tmp_path / "moved"), load_file(tmp_path / "moved/checkpoint-5/adapter_model.safetensors"))
+    assert "does not exist anymore" not in capfd.readouterr().err
 
 
 def test_nothing_pickled_is_written_only_to_be_looked_at(inputs, tmp_path):

@@ -111,7 +111,8 @@ def look(folder: Path) -> Snapshot:
     status = str(record.get("status", ""))
     if status == "running" and not output.in_use():
         status = "stopped"
-    step, steps = int(rows[-1]["step"]) if rows else 0, _steps(record, rows)
+    step, steps = int(rows[-1]["step"]) if rows else 0, record.get("steps")
+    steps = int(steps) if is_number(steps) else None  # whatever somebody made of it by hand
     timed = [row for row in rows if "loss" in row][-_RECENT:]
     left = None
     if status == "running" and steps is not None and len(timed) > 1 and timed[-1]["step"] > timed[0]["step"]:
@@ -131,17 +132,6 @@ def look(folder: Path) -> Snapshot:
         peak_memory_mib=_latest(rows, "peak_memory_mib"),
         relative_error=_latest(rows, "celora/relative_error"),
     )
-
-
-def _steps(record: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> int | None:
-    """Optimizer steps of the whole run: `max_steps`, or computed from the epochs so far; None if unknown."""
-    train = record.get("train")
-    settings = train if isinstance(train, Mapping) else {}  # whatever somebody made of it by hand
-    most, epochs = settings.get("max_steps"), settings.get("num_train_epochs")
-    if is_number(most) and most > 0:
-        return int(most)
-    known = next((row for row in reversed(rows) if row.get("epoch") and row["step"]), None)
-    return None if known is None or not is_number(epochs) else round(epochs * known["step"] / known["epoch"])
 
 
 def _latest(rows: Sequence[Mapping[str, Any]], key: str) -> float | None:

@@ -320,7 +320,11 @@ def quiet_libraries() -> Iterator[None]:
     transformers.logging.disable_progress_bar()
     patience, dynamic_module_utils.TIME_OUT_REMOTE_CODE = dynamic_module_utils.TIME_OUT_REMOTE_CODE, 0
     # Trainer aligns pad/bos/eos of model and tokenizer and says so at warning level on every run.
-    logger, notice = logging.getLogger("transformers.trainer"), _without("The tokenizer has new PAD/BOS/EOS tokens")
+    # It says of a resumed run what is then put right: other steps, and the best checkpoint of a folder that was moved.
+    notice = _without(
+        "The tokenizer has new PAD/BOS/EOS tokens", "do not match the ones in the `trainer_state", "The best checkpoint"
+    )
+    logger = logging.getLogger("transformers.trainer")
     handlers = [*logging.getLogger("transformers").handlers]
     for handler in handlers:
         handler.addFilter(notice)
@@ -353,8 +357,8 @@ def quiet_libraries() -> Iterator[None]:
             transformers.logging.enable_progress_bar()
 
 
-def _without(text: str) -> Any:
-    return lambda record: text not in record.getMessage()
+def _without(*texts: str) -> Any:
+    return lambda record: not any(text in record.getMessage() for text in texts)
 
 
 def _first_line(error: BaseException) -> str:

@@ -17,7 +17,7 @@ from rich.console import Console
 
 import celora
 from celora.errors import CELoraError
-from celora.files import quoted, read_json, write_json, write_text
+from celora.files import quoted, write_json, write_text
 from celora.machine.processes import from_first
 from celora.modeling.report import AttachReport
 from celora.runtime.attachment import require
@@ -127,7 +127,7 @@ def _train(
         say(console, request.options.quiet, f"{request.output} is finished, and {', '.join(lost)} is written again.")
     with quiet_libraries():
         ready = _prepare(run, console, clock)
-        checkpoint, marker = _beginning(run, ready.trainer.args, lost, console)
+        checkpoint, marker = _beginning(run, ready.trainer, lost, console)
         written = _open(run, ready, marker, stack) if is_first() else _Written()
         if request.options.resume:
             where = (
@@ -209,7 +209,9 @@ def _prepare(run: _Entered, console: Console, clock: WallClock) -> _Ready:
     return _Ready(request, trainer, rows, eval_rows, learnt, chosen, attached, made_from, asked)
 
 
-def _beginning(run: _Entered, args: Any, lost: Sequence[str], console: Console) -> tuple[Path | None, dict[str, Any]]:
+def _beginning(
+    run: _Entered, trainer: Any, lost: Sequence[str], console: Console
+) -> tuple[Path | None, dict[str, Any]]:
     """The checkpoint to continue from, or None, and the step and seconds that it was saved at. Collective."""
     options, output = run.request.options, run.request.output
     # A damaged checkpoint is worth a warning, so the line is printed even when quiet.
@@ -220,14 +222,10 @@ def _beginning(run: _Entered, args: Any, lost: Sequence[str], console: Console) 
         what = f"{output} is finished" + (f", without {', '.join(lost)}," if lost else "")
         raise CELoraError(f"{what} and no checkpoint to go on from is left; --overwrite trains anew")
     checkpoint, marker = resumed or (None, {"step": 0, "seconds": 0.0})
-    if 0 < args.max_steps < marker["step"]:
-        raise CELoraError(f"max_steps={args.max_steps}, but the run is saved at step {marker['step']}; give more")
-    if args.max_steps <= 0 and checkpoint is not None:
-        epoch = read_json(checkpoint / "trainer_state.json")["epoch"]
-        if args.num_train_epochs < epoch:
-            raise CELoraError(
-                f"num_train_epochs={args.num_train_epochs:g}, but the run is saved at epoch {epoch:.3g}; give more"
-            )
+    if trainer.steps < marker["step"]:
+        most, epochs = trainer.args.max_steps, trainer.args.num_train_epochs
+        asked = f"max_steps={most}" if most > 0 else f"num_train_epochs={epochs:g} ends at step {trainer.steps}"
+        raise CELoraError(f"{asked}, but the run is saved at step {marker['step']}; give more")
     return checkpoint, marker
 
 
@@ -246,6 +244,7 @@ def _open(run: _Entered, ready: _Ready, marker: dict[str, Any], stack: ExitStack
     record = make_record(ready.request, trainer.args, chosen.config, ready.attached)
     gate = list(chosen.timings) or (run.earlier or {}).get("gate", [])  # a resumed run does not time again
     record |= {"gate": gate, "made_from": ready.made_from, "asked": ready.asked, "turns": has_turns(ready.rows)}
+    record["steps"] = trainer.steps
     record["adapter_step"] = (run.earlier or {}).get("adapter_step")  # of the adapter beside this file
     write_json(output / RUN, record)
     if chosen.plan is not None:
@@ -277,7 +276,7 @@ def _carry_out(
         with stop.listening():
             # celora's callback reads its state from there.
             trainer.args.resume_from_checkpoint = str(checkpoint) if checkpoint else None
-            if checkpoint and step == trainer.args.max_steps:
+            if checkpoint and step == trainer.steps:
                 take_over(trainer, checkpoint)
             else:
                 with clock.spending("train"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -96,10 +98,24 @@ class Trainer(SafeSaving, AnswersOnly, SFTTrainer):  # type: ignore[misc]
             )
         return loader
 
+    @functools.cached_property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run, as Trainer counts them: a part of an epoch is rounded up."""
+        args = self.args
+        if args.max_steps > 0:
+            return int(args.max_steps)
+        epochs: float = args.num_train_epochs
+        of_an_epoch: int = math.ceil(len(self.get_train_dataloader()) / args.gradient_accumulation_steps)
+        return math.ceil(epochs * of_an_epoch)
+
     def _determine_best_metric(self, *args: Any, **kwargs: Any) -> Any:
-        """Like Trainer's. A metric that no evaluation reports becomes a one-line error."""
+        """Like Trainer's. A metric that no evaluation reports becomes a one-line error.
+
+        With `save_strategy="best"` Trainer saves if this is true. It is so, too, if a callback has asked for it: a run
+        that is stopped saves its last step.
+        """
         with refused("best model"):
-            return super()._determine_best_metric(*args, **kwargs)
+            return bool(super()._determine_best_metric(*args, **kwargs)) or self.control.should_save
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, *rest: Any) -> Any:
         """Like TRL's, but names the row that the chat template refuses."""

@@ -40,6 +40,11 @@ class Sealing(TrainerCallback):  # type: ignore[misc]
         self.metrics = metrics
         self.limit = limit
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
+        """Trainer takes both from a checkpoint: the steps of another command, and paths of another folder."""
+        state.compute_steps(args, state.max_steps)
+        find_best(state, self.folder.path)
+
     def on_save(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
         wait_for_all()
         if self.metrics is None:
@@ -73,12 +78,6 @@ class SafeSaving:
         with _writing():
             super()._save_checkpoint(*arguments, **more)  # type: ignore[misc]
 
-    def _load_best_model(self) -> None:
-        """Load it from this run's own folder. The path in a checkpoint's state may be from another machine."""
-        best = Path(self.args.output_dir) / Path(self.state.best_model_checkpoint).name
-        self.state.best_model_checkpoint = str(best)
-        super()._load_best_model()  # type: ignore[misc]
-
     def _save(self, output_dir: str | None = None, *arguments: Any, **more: Any) -> None:
         folder = Path(output_dir or self.args.output_dir)
         card = folder / CARD
@@ -91,6 +90,13 @@ class SafeSaving:
             card.write_bytes(kept)  # PEFT has just written a path of this machine into it
         elif self.card is not None:
             self.card.write(folder, self)
+
+
+def find_best(state: TrainerState, folder: Path) -> None:
+    """Find the best checkpoint in the run's own folder, which may have been moved since the state was saved."""
+    best = folder / f"checkpoint-{state.best_global_step}"
+    if best.is_dir():
+        state.best_model_checkpoint = str(best)
 
 
 @contextlib.contextmanager
@@ -163,6 +169,7 @@ def take_over(trainer: Any, checkpoint: Path) -> None:
     """
     load, best = (borrow(f"transformers:Trainer.{name}") for name in ("_load_from_checkpoint", "_load_best_model"))
     trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    find_best(trainer.state, checkpoint.parent)
     wanted = trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint
     if load is None or (wanted and best is None):
         raise CELoraError(
