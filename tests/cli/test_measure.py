@@ -114,6 +114,8 @@ def test_flags_that_would_change_nothing_are_refused(inputs, capsys, tmp_path):
     assert "--plan is not for celora plan" in error_line(capsys, *plan, "--plan", "plan.json")
     assert "--output is not for celora plan by another name" in error_line(capsys, *plan, "--output_dir", tmp_path)
     assert "--eval_data is not for celora audit" in error_line(capsys, *audit, "--eval_data", "rows.jsonl")
+    assert "--memory is not for celora audit" in error_line(capsys, *audit, "--memory", "8GiB")
+    assert "--memory is not for celora plan" in error_line(capsys, *plan, "--memory", "8GiB")
     assert "--overwrite is not for celora audit" in error_line(capsys, *audit, "--overwrite")
     for command in (plan, audit):
         line = error_line(capsys, *command, "--adapter", tmp_path, "--lora-r", 4)

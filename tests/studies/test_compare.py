@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from transformers import TrainerCallback
@@ -68,6 +69,13 @@ def test_a_comparison(inputs: Path, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch_all(patch, "celora.train.trainer:build_trainer", refuse)
         assert compare(settings(inputs, output), arms=ARMS, seeds=2) == found
+
+
+def test_a_slice_of_a_hub_s_rows(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = datasets.load_dataset("json", data_files=str(inputs / "rows.jsonl"), split="train[:20]")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows)
+    own = settings(inputs, tmp_path, data="someone/reviews", dataset_train_split="train[:20]", max_steps=1)
+    assert [(o.arm, o.seed) for o in compare(own, arms=TWO, seeds=1)] == [(arm, 0) for arm in TWO]
 
 
 def test_goes_on_where_it_was_killed(inputs: Path, tmp_path: Path) -> None:

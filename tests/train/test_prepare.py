@@ -14,6 +14,8 @@ def test_audit_judges_an_adapter_with_the_configuration_it_was_trained_with(fini
     as_trained = prepare.audit_model(make_request(request), rows=4, adapter=finished[0])
     as_paper = prepare.audit_model(make_request({**request, "preset": "paper"}), rows=4, adapter=finished[0])
     assert as_trained.probed > as_paper.probed > 0
+    of_checkpoint = prepare.audit_model(make_request(request), rows=4, adapter=finished[0] / "checkpoint-6")
+    assert (of_checkpoint.cosine, of_checkpoint.relative_error) == (as_trained.cosine, as_trained.relative_error)
 
 
 @pytest.mark.parametrize("preset", ["auto", "fast"])

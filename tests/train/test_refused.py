@@ -68,6 +68,12 @@ def test_a_file_names_no_other_file(tmp_path):
         parse([], {"config": str(file)})
 
 
+@pytest.mark.parametrize("to", [["mlx"], ["safetensors", "--merged"]])
+def test_a_gguf_file_is_for_a_gguf_export(to, finished, capsys):
+    assert main(["export", str(finished[0]), "--to", *to, "--gguf", "base.gguf"]) == 2
+    assert f"--gguf 'base.gguf' is for --to gguf; --to {to[0]} takes no GGUF file" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("how", [["--to", "gguf"], ["--to", "safetensors", "--merged"]])
 def test_how_weights_are_stored_is_for_a_merged_gguf_file(how, finished, capsys):
     assert main(["export", str(finished[0]), *how, "--outtype", "f16"]) == 2

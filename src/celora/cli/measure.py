@@ -72,6 +72,7 @@ def audit(
         own["preset"] = "auto"
     leave_out(context.args, ("output", "overwrite", "resume"), "celora audit, which writes nothing")
     leave_out(context.args, ("eval_data",), "celora audit, which uses training rows")
+    leave_out(context.args, ("memory",), "celora audit, which takes the other settings as they are")
     leave_out(context.args, ADAPTERS if adapter else (), "an existing adapter, which has its own")
     request = parse(context.args, own)
     settle_in()
@@ -111,6 +112,7 @@ def plan(
     not_here = ("preset", "plan", "resume", "eval_data")
     leave_out(context.args, not_here, "celora plan, which makes what preset auto trains with")
     leave_out(context.args, ("output",), "celora plan by another name")
+    leave_out(context.args, ("memory",), "celora plan, which takes the other settings as they are")
     leave_out(context.args, ADAPTERS if adapter else (), "an existing adapter, which has its own")
     request = parse(context.args, own | {"preset": "auto", "quiet": quiet})
     from celora.train.prepare import plan_model

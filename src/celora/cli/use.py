@@ -132,7 +132,9 @@ def generate(
     max_new_tokens: Tokens = 512,
     temperature: Temperature = None,
     seed: Seed = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue an existing file.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue an existing file, with the same adapter and settings.")
+    ] = False,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
     as_json: JsonLines = False,

@@ -198,7 +198,8 @@ def _split(request: TrainRequest, output: Path, console: Console) -> dict[str, s
         for part, file in (("train", train_file), ("test", held_out_file)):
             with replacing(file) as temporary:
                 parts[part].to_json(str(temporary))
-    return {"data": str(train_file), "eval_data": str(held_out_file), "dataset_config": None}
+    whole = {"dataset_config": None, "dataset_train_split": "train", "dataset_test_split": "test"}
+    return {"data": str(train_file), "eval_data": str(held_out_file), **whole}
 
 
 def _dtype(request: TrainRequest, output: Path, console: Console) -> str:

@@ -13,6 +13,7 @@ from rich.console import Console
 
 import celora
 from celora.planning.plan import Plan
+from celora.runtime.state import saved_config
 from celora.settings.config import CELoraConfig
 from celora.train.dtype import settle_dtype
 from celora.train.loading import (
@@ -80,8 +81,10 @@ def prepared(request: TrainRequest, rows: int | None, adapter: Path | None) -> I
         check_modules(request, model)
         if adapter is not None:
             model, peft = load_adapter(model, adapter), None
-            if (adapter / CONFIG).is_file() and request.options.preset is None and request.options.celora is None:
-                config = CELoraConfig.load(adapter)  # the adapter was trained with it
+            if request.options.preset is None and request.options.celora is None:  # take what it was trained with
+                # A checkpoint has it in celora's state.
+                own = CELoraConfig.load(adapter) if (adapter / CONFIG).is_file() else saved_config(adapter)
+                config = own or config
         trainer = build_trainer(request, args, model, tokenizer, data, peft=peft)
         check_tokens(trainer, request)
         yield trainer, config

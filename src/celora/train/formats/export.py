@@ -83,6 +83,8 @@ def export(
         )
     if outtype is not None and not (merged and to == "gguf"):
         raise CELoraError(f"--outtype {outtype} is for a merged GGUF file; give --merged --to gguf, or leave it out")
+    if gguf is not None and to != "gguf":
+        raise CELoraError(f"--gguf {str(gguf)!r} is for --to gguf; --to {to} takes no GGUF file, so leave it out")
     if gguf is not None and not gguf.is_file():
         raise CELoraError(f"--gguf {str(gguf)!r}: no such file; give the base model as a GGUF file, or leave it out")
     if gguf is not None:
