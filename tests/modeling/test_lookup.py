@@ -92,6 +92,9 @@ def test_an_interrupted_attention_leaves_nothing_behind(
     model, batch = model_of("llama"), ragged([11, 4, 7])
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable({"use_reentrant": False})
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        masked = model.base_model.model.model(**inputs)[0]
     celora.attach(model, "exact")
     expected = gradients(model, batch)
     original, armed = attention._sdpa, [where == "forward"]
@@ -112,7 +115,9 @@ def test_an_interrupted_attention_leaves_nothing_behind(
     if error is ValueError:
         assert implementation(model) == "sdpa"
     with torch.no_grad():
-        model.base_model.model.model(batch["input_ids"])  # the decoder alone: none of the model's hooks sees this call
+        now = model.base_model.model.model(**inputs)[0]  # the decoder alone: none of the model's hooks sees this call
+    real = inputs["attention_mask"].bool()
+    torch.testing.assert_close(now[real], masked[real])
     assert implementation(model) == "sdpa"
     again = gradients(model, batch)
     assert again[0] == expected[0]

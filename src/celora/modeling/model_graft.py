@@ -25,7 +25,7 @@ from transformers.utils import ModelOutput
 from celora.errors import CELoraError
 from celora.machine.processes import gathers, largest_of_all
 from celora.modeling import left_padding, packing
-from celora.modeling.attention import LENGTHS, Lookup, is_attention, may_replace, use_ours
+from celora.modeling.attention import LENGTHS, Lookup, is_attention, may_replace, use_ours, use_sdpa
 from celora.modeling.call import (
     TRL,
     Call,
@@ -222,10 +222,14 @@ class ModelGraft(Measured, Hook):
         """
         return self._probed_by() is labels
 
-    def enters(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def enters(self, module: Any, args: tuple[Any, ...]) -> None:
         """A forward pre-hook of the decoder under the head, which someone may call without the head."""
-        if not torch.compiler.is_compiling() and not self._in_a_call():
+        if torch.compiler.is_compiling():
+            return
+        if not self._in_a_call():
             self.switch.astray = False
+        if not is_compiled(module):
+            use_sdpa(module.config)  # an attention that was interrupted in a backward has left another name there
 
     def _in_a_call(self) -> bool:
         """Whether a call goes on. One that was interrupted is forgotten."""
@@ -340,12 +344,8 @@ class ModelGraft(Measured, Hook):
             self.switch.say_once(f"loss: {reason}", f"{reason}; its own loss is used, with all tokens and padding.")
 
     def _own(self, module: nn.Module, given: dict[str, Any]) -> Any:
-        """The output of a refused model for the labels of the call that probed. It must not probe again."""
-        probed_by, self._probed_by = self._probed_by, nothing
-        try:
-            return module(**given)
-        finally:
-            self._probed_by = probed_by
+        """The output of a refused model for the labels of the call that probed. Its hooks see it once, after this."""
+        return module.forward(**given)
 
     def _packs(self, causal: Any, given: Mapping[str, Any], shape: torch.Size) -> bool:
         """Whether the batch of this call may be packed. Says why not, unless the arguments show it."""
@@ -374,7 +374,7 @@ def _hook(graft: ModelGraft, found: LanguageModel) -> list[RemovableHandle]:
     handles.append(found.decoder.register_forward_hook(graft.body, with_kwargs=True))
     for module in filter(None, (found.causal, found.tuner)):
         handles.append(module.register_forward_pre_hook(graft.before, with_kwargs=True))
-        handles.append(module.register_forward_hook(graft.after, with_kwargs=True, always_call=True))
+        handles.append(module.register_forward_hook(graft.after, with_kwargs=True, prepend=True, always_call=True))
     if graft.packs:
         for module in filter(is_attention, found.causal.modules()):
             handles += Lookup().under(module)
