@@ -48,6 +48,18 @@ def test_the_next_command_has_the_same_base(inputs, capsys, tmp_path):
     assert f"Next:    celora compare --model {model} --data {rows} --base int8 " in capsys.readouterr().out
 
 
+def test_the_last_lines_have_the_evaluation_and_quiet_is_for_one_command(inputs, capsys, tmp_path):
+    _, model, rows = inputs
+    own = ["--output", str(tmp_path / "out"), "--preset", "exact", "--base", "int8", "--eval-data", str(rows)]
+    assert main(["train", "--model", str(model), "--data", str(rows), *own, "--max_steps", "1", "-q"]) == 0
+    assert capsys.readouterr().out == ""
+    assert main(["train", "--output", str(tmp_path / "out"), "--resume", "--max_steps", "2"]) == 0
+    first = capsys.readouterr().out.splitlines()[0]
+    summary = json.loads((tmp_path / "out" / "run.json").read_text())["summary"]
+    evaluated = f"evaluation loss {summary['eval_loss']:.4f} (on the original base {summary['eval_base_loss']:.4f})"
+    assert first.startswith(f"finished: step 2  loss {summary['loss']:.4f}  {evaluated}  ")
+
+
 def test_train_then_audit_the_adapter(inputs, capsys, tmp_path, monkeypatch):
     _, model, rows = inputs
     spent = wall_clock.spent  # on a fast CPU no part is long enough to be shown

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from types import SimpleNamespace
+
 import pytest
 
 import celora
 from celora import CELoraConfig
+from celora.modeling.report import counts
 from small import make_model
 
 
@@ -30,4 +34,20 @@ def test_report_says_what_and_why() -> None:
     table = str(report)
     assert "up_proj" in table
     assert "(its weight is trained)" in table
+    assert re.search(r"^q_proj +x1, block 0 .*\nv_proj +x2  ", table, re.MULTILINE)
     assert "3 of 7 frozen layers estimated" in table
+
+
+def test_the_table_says_in_which_blocks_layers_of_one_kind_differ() -> None:
+    names = [f"model.layers.{i}.mlp.up_proj" for i in range(12)]
+    groups = {
+        ("up_proj", 1): names[:1],
+        ("up_proj", 2): names[1:4] + names[6:7],
+        ("up_proj", 3): names[4:6:2],
+        ("head",): ["lm_head"],
+    }
+    found = counts({key: [SimpleNamespace(name=name) for name in like] for key, like in groups.items()})
+    assert found == ["x1, block 0", "x4, blocks 1-3, 6", "x1, block 4", "x1"]
+    far = {("up_proj", 1): names[::2], ("up_proj", 2): names[1::2]}
+    found = counts({key: [SimpleNamespace(name=name) for name in like] for key, like in far.items()})
+    assert found == ["x6, blocks 0, 2, 4, 6, ...", "x6, blocks 1, 3, 5, 7, ..."]

@@ -80,12 +80,12 @@ def test_which_backend_computes_each_operation_is_printed(monkeypatch: pytest.Mo
 def test_conclusions_follow_the_measurement() -> None:
     usual = conclusions()
     assert usual.splitlines() == [
-        "bfloat16 products take 0.50 of float32's time here: celora trains in bfloat16.",
+        "bfloat16 products take 0.50 of float32's time here: celora trains a bfloat16 checkpoint in bfloat16.",
         "int8 products take 0.50 of bfloat16's time, everything included: preset auto can use them.",
     ]
     times = FOUND["products"]["time_ms"]
     slow = conclusions(dtype__bfloat16_over_float32=3.0, dtype__trains_in="float32")
-    assert "3.00 of float32's time here: celora trains in float32" in slow
+    assert "3.00 of float32's time here: celora trains a bfloat16 checkpoint in float32" in slow
     assert "bfloat16, which takes half the memory" in conclusions(dtype__bfloat16_over_float32=1.2)
     assert "cannot be computed" in conclusions(dtype__bfloat16_over_float32=None, dtype__trains_in="float32")
     assert "int8 products take 0.40 of float32's time" in slow
@@ -184,7 +184,9 @@ def test_a_device_that_refuses_bfloat16_is_examined_without_it(monkeypatch: pyte
     patch_all(monkeypatch, "celora.machine.timing:time_over_float32", lambda dtype, device: math.inf)
     found = examine()
     assert all(name.startswith("float32") for name in found["products"]["time_ms"])
-    assert "bfloat16 products cannot be computed here: celora trains in float32." in found["advice"]
+    assert (
+        "bfloat16 products cannot be computed here: celora trains a bfloat16 checkpoint in float32." in found["advice"]
+    )
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system pins no process to some CPUs")

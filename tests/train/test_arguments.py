@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 
 import pytest
 
@@ -22,6 +23,7 @@ from celora.train.request.fields import (
     known_fields,
 )
 from celora.train.request.names import launcher_names
+from celora.train.rows.data import local_files
 from trl_fields import TRL_SFT
 
 
@@ -273,6 +275,14 @@ def test_a_link_to_a_file_keeps_its_ending(tmp_path):
     link = tmp_path / "rows.jsonl"
     link.symlink_to(tmp_path / "5e0a")
     assert parse([], OWN | {"data": str(link)}).data == str(link)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_pipe_is_refused_under_its_own_name(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "rows").symlink_to(tmp_path / "pipe")
+    with pytest.raises(CELoraError, match=r"cannot read '.*/rows': a pipe or a device; expected a file"):
+        local_files(make_request(OWN | {"data": str(tmp_path / "rows")}).data, "train")
 
 
 @pytest.mark.parametrize("name", ["gradient_checkpointing", "activation_checkpointing"])

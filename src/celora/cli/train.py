@@ -91,6 +91,10 @@ def _ending(request: Any, result: Any) -> str:
 
     output, loss = str(result.output), result.summary.get("loss")
     shown = "" if loss is None else f"  loss {loss:.4f}"
+    if (evaluated := result.summary.get("eval_loss")) is not None:
+        shown += f"  evaluation loss {evaluated:.4f}"
+    if (on_base := result.summary.get("eval_base_loss")) is not None:
+        shown += f" (on the original base {on_base:.4f})"
     inputs = f"--model {quoted(request.model)} --data {quoted(request.data)}"
     inputs += f" --base {request.options.base}" if request.options.base else ""
     if result.summary.get("estimated_cost", 1.0) < 1:

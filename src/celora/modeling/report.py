@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +16,9 @@ LOSSLESS = LayerConfig("tokens", keep_ratio=1.0, rank=0, selection="energy")
 
 # What a label adds where an input is saved otherwise than the forward multiplied it, by `forward` and `saved_input`.
 SAVED = {("exact", "int8"): ", input saved in 8 bits", ("int8", "native"): ", input saved in its own dtype"}
+
+
+_RUNS = 4  # of consecutive blocks; a table names so many
 
 
 @dataclass(frozen=True)
@@ -103,11 +109,11 @@ class AttachReport:
             kind = layer.name.rpartition(".")[2]
             key = (kind, layer.label, layer.keep_ratio, layer.rank, layer.reason, layer.out_features)
             groups.setdefault(key, []).append(layer)
-        rows = [("layers", "", "shape", "estimator", "keep", "rank", "FLOPs / dense")]
+        rows, placed = [("layers", "", "shape", "estimator", "keep", "rank", "FLOPs / dense")], counts(groups)
         rows += [
-            (kind, f"x{len(like)}", f"{like[0].out_features} x {like[0].in_features}", estimator, f"{keep:.4g}",
+            (kind, count, f"{like[0].out_features} x {like[0].in_features}", estimator, f"{keep:.4g}",
              str(rank), f"{like[0].cost:.2f}" + (f"  ({reason})" if reason else ""))
-            for (kind, estimator, keep, rank, reason, _), like in groups.items()
+            for ((kind, estimator, keep, rank, reason, _), like), count in zip(groups.items(), placed, strict=True)
         ]  # fmt: skip
         if self.estimated:
             summary = (
@@ -118,6 +124,25 @@ class AttachReport:
             then = self.besides or "the gradient is exact LoRA's"
             summary = f"None of {len(self.layers)} frozen layers estimated: {then}."
         return "\n".join([*aligned(rows), summary, *self.notes])
+
+
+def counts(groups: Mapping[tuple[Any, ...], Sequence[Any]]) -> list[str]:
+    """How many layers each group has, and the blocks that they are in if several groups are of one kind.
+
+    The first part of a group's key is the kind.
+    """
+    kinds = Counter(key[0] for key in groups)
+    return [f"x{len(like)}" + (_blocks(like) if kinds[key[0]] > 1 else "") for key, like in groups.items()]
+
+
+def _blocks(layers: Sequence[Any]) -> str:
+    """Numbers of blocks, as the names of layers have them: ", block 0" or ", blocks 1-3, 7"; '' without numbers."""
+    found = (re.search(r"\.(\d+)\.", layer.name) for layer in layers)
+    numbers = sorted({int(match[1]) for match in found if match})
+    runs = [[n for _, n in run] for _, run in itertools.groupby(enumerate(numbers), key=lambda at: at[1] - at[0])]
+    names = [f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs]
+    shown = ", ".join(names[:_RUNS] + ["..."] * (len(names) > _RUNS))
+    return f", block{'s' if len(numbers) > 1 else ''} {shown}" if names else ""
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -18,7 +18,7 @@ from torch import nn
 from celora.errors import CELoraError, unknown
 from celora.files import inside, read_json, write_text
 from celora.machine.device import measured_on
-from celora.modeling.report import SAVED, aligned
+from celora.modeling.report import SAVED, aligned, counts
 from celora.modeling.survey import Survey, survey
 from celora.numerics.estimators import estimator_class
 from celora.settings.config import CELoraConfig, LayerConfig
@@ -271,10 +271,10 @@ class Plan:
             key = (layer.name.rpartition(".")[2], layer.out_features, layer.in_features, label(layer.choice.setting))
             groups.setdefault(key, []).append(layer)
         rows = [("layers", "", "shape", "estimator", "time / dense", "error (worst)")]
-        for (kind, out, inp, name), alike in groups.items():
+        for ((kind, out, inp, name), alike), count in zip(groups.items(), counts(groups), strict=True):
             time = sum(layer.choice.time_ms for layer in alike) / max(1e-9, sum(layer.dense_ms for layer in alike))
             error = max(layer.choice.relative_error for layer in alike)
-            rows.append((kind, f"x{len(alike)}", f"{out} x {inp}", name, f"{time:.2f}", f"{error:.3f}"))
+            rows.append((kind, count, f"{out} x {inp}", name, f"{time:.2f}", f"{error:.3f}"))
         summed = f" (sum of {self.audited_batches} batches)" if self.audited_batches > 1 else ""
         considered = any(c.setting.forward != "exact" for layer in self.layers for c in layer.candidates)
         products = "Forward and grad_input" if considered else "grad_input"

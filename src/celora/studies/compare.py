@@ -143,7 +143,7 @@ def _time_left(outcomes: Sequence[Outcome], runs: int) -> str:
 def _claim(output: Path, request: TrainRequest) -> None:
     """Mark the folder as this comparison's, or refuse one that is in use for something else."""
     # A later call may change what is printed, but not what is trained.
-    given = {k: v for k, v in recorded(request.given).items() if k not in ("output", "quiet")}
+    given = {k: v for k, v in recorded(request.given).items() if k != "output"}
     record, made_from = output / RECORD, fingerprints(request, request.options.eval_data)
     if record.is_file():
         document = read_json(record)

@@ -114,7 +114,7 @@ def advise(found: dict[str, Any]) -> list[str]:
     """Advice that follows from the findings of `examine`, one sentence each."""
     lines, times = [], found["products"]["time_ms"]
     dtype, ratio = found["dtype"]["trains_in"], found["dtype"]["bfloat16_over_float32"]
-    then = f"celora trains in {dtype}"
+    then = f"celora trains a bfloat16 checkpoint in {dtype}"
     if dtype == "bfloat16" and ratio >= _FASTER:
         then += ", which takes half the memory"
     took = "cannot be computed" if ratio is None else f"take {ratio:.2f} of float32's time"

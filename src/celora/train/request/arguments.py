@@ -259,12 +259,13 @@ def parse(tokens: Sequence[str], own: Mapping[str, object] | None = None) -> Tra
 def recorded(given: Mapping[str, Any]) -> dict[str, Any]:
     """`given` as run.json records it, without secrets. `make_request` makes the same request from it.
 
+    Whether a command is quiet is for that command to say.
     A value that JSON cannot express (`max_grad_norm` may be infinite) becomes text, which `convert` reads back.
     """
     return {
         name: value if finite(value) == value else json.dumps(value, default=str)
         for name, value in given.items()
-        if name not in SECRETS
+        if name not in SECRETS and name != "quiet"
     }
 
 
@@ -319,6 +320,8 @@ def _absolute(name: str, value: object) -> object:
         return value
     check_name(name, value)
     path = Path(value).expanduser()
+    if path.exists() and not path.is_file() and not path.is_dir():
+        return value  # a pipe, which is refused under its own name
     if path.is_file():  # a link keeps its name: its ending counts, and the hub's cache links to files without one
         return str(path.parent.resolve() / path.name)
     return str(path.resolve()) if path.exists() or name == "output" else value

@@ -194,7 +194,8 @@ def _room(model: Any, prompts: Sequence[list[int]], sampling: Sampling) -> int:
         return sampling.max_new_tokens
     if longest >= context:
         raise CELoraError(
-            f"{longest} tokens, and the model's context holds {context}; shorten the prompt, or begin anew"
+            f"{longest} tokens, and the model's context holds {context}; shorten the prompt, or leave it out. In a "
+            "chat, /reset begins anew"
         )
     return min(sampling.max_new_tokens, context - longest)
 
