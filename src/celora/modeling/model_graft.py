@@ -228,7 +228,7 @@ class ModelGraft(Measured, Hook):
             return
         if not self._in_a_call():
             self.switch.astray = False
-        if not is_compiled(module):
+        if self.packs and not is_compiled(module):
             use_sdpa(module.config)  # an attention that was interrupted in a backward has left another name there
 
     def _in_a_call(self) -> bool:
