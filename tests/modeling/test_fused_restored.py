@@ -90,6 +90,28 @@ def test_an_interrupted_forward_leaves_the_adapter_on() -> None:
         assert all(found[name].equal(expected[name]) for name in expected)
 
 
+@pytest.mark.parametrize("safe", [False, True])
+def test_an_adapter_is_merged_after_ctrl_c(safe: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT calls what it finds in `lora_variant`, and the interrupted forward has left celora's graft there."""
+    model, x = layer(), torch.randn(6, 12).double()
+    expected = model(x)
+    celora.attach(model, FUSED)
+
+    def interrupt(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FusedGraft, "forward", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(x)
+    assert isinstance(model.base_model.model[0].lora_variant["default"], FusedGraft)
+    model.merge_adapter(safe_merge=safe)
+    assert not model.base_model.model[0].lora_variant
+    torch.testing.assert_close(model(x), expected)
+    model.unmerge_adapter()
+    torch.testing.assert_close(model(x), expected)
+
+
 @pytest.mark.parametrize("where", ["base layer", "adapter", "hook"])
 def test_what_is_lent_is_put_back_after_an_error(where: str) -> None:
     model, x = layer(), torch.randn(6, 12).double()

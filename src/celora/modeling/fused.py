@@ -124,6 +124,16 @@ class FusedGraft(LayerGraft):
         weight = self.weight(base, result.dtype)
         return lora_linear(seen, result, weight, bias_of(base), adapter, self, self._in_8_bits(base, seen, weight))
 
+    def merge_safe(self, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        """Called by PEFT if Ctrl-C left the graft in `lora_variant`. Returns the weight with plain LoRA's in it."""
+        self.settle(module)
+        added: Tensor = module.get_delta_weight(active_adapter).to(orig_weight.dtype)
+        return orig_weight + added
+
+    def merge_unsafe(self, module: Any, active_adapter: str, orig_weight: Tensor) -> None:
+        """The same, in place."""
+        orig_weight.data.copy_(self.merge_safe(module, active_adapter, orig_weight.data))
+
     def _in_8_bits(self, base: nn.Module, x: Tensor, weight: Tensor | None) -> QuantisedRows | None:
         """x as the forward in 8 bits that has just ended multiplied it; None after another one, or to save x itself."""
         forward = base.__dict__.get("forward")
