@@ -33,9 +33,6 @@ NAMES: dict[str, str] = {
     "torch:_int_mm": "8-bit products are those of celora's own kernels only",
     "torch:_scaled_mm": "there are no fp8 products",
     "torch.cpu:_init_amx": "AMX is counted on where the CPU has it, also if an old Linux forbids it",
-    "torch:_C._current_graph_task_id": "where each parameter is stepped inside a backward, refreshes are used late",
-    "torch.autograd:Variable._execution_engine.queue_callback": "where each parameter is stepped inside a backward, "
-    "refreshes are used late",
     "torch:cuda._sleep": "times of short products on a GPU may be those of their launches",
     "torch:ops.mkldnn._linear_pointwise": "float32 products are MKL's, which is slow on AMD's Zen 5",
     "torch:ops.onednn.qlinear_pointwise": "8-bit products without celora's own kernels are slower",

@@ -48,6 +48,8 @@ def test_the_table_says_in_which_blocks_layers_of_one_kind_differ() -> None:
     }
     found = counts({key: [SimpleNamespace(name=name) for name in like] for key, like in groups.items()})
     assert found == ["x1, block 0", "x4, blocks 1-3, 6", "x1, block 4", "x1"]
+    towers = {("fc1", 1): ["encoder.layers.0.fc1"], ("fc1", 2): ["decoder.layers.0.fc1"]}
+    assert counts({key: [SimpleNamespace(name=name) for name in like] for key, like in towers.items()}) == ["x1", "x1"]
     far = {("up_proj", 1): names[::2], ("up_proj", 2): names[1::2]}
     found = counts({key: [SimpleNamespace(name=name) for name in like] for key, like in far.items()})
     assert found == ["x6, blocks 0, 2, 4, 6, ...", "x6, blocks 1, 3, 5, 7, ..."]

@@ -36,6 +36,12 @@ def _bias(head: nn.Linear) -> nn.Parameter:
     return head.bias
 
 
+def z_loss(_: nn.Module, __: Any, output: Any) -> None:
+    """A term that reads the logits."""
+    if output.logits is not None:
+        output.loss = output.loss + output.logits.logsumexp(-1).square().mean()
+
+
 CHANGES = pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -46,10 +52,11 @@ CHANGES = pytest.mark.parametrize(
         (lambda m: m.base_model.model.lm_head.register_full_backward_hook(lambda *_: None), "as its head"),
         (
             lambda m: m.base_model.model.register_forward_hook(lambda *_: None, with_kwargs=True),
-            "would see celora's arguments",
+            "would see celora's arguments or output",
         ),
+        (lambda m: m.base_model.model.register_forward_hook(z_loss), "would see celora's arguments or output"),
     ],
-    ids=["trained", "bias", "loss", "hooked", "hooked backward", "model hooked"],
+    ids=["trained", "bias", "loss", "hooked", "hooked backward", "model hooked", "model hooked for its output"],
 )
 
 
@@ -85,7 +92,9 @@ def test_a_hook_that_changes_the_labels_works(when: str) -> None:
         assert output.logits is None
     else:
         model.base_model.model.register_forward_pre_hook(halve, with_kwargs=True)
-        with pytest.warns(UserWarning, match=r"a hook \(halve\) that would see celora's arguments of the call by now"):
+        with pytest.warns(
+            UserWarning, match=r"a hook \(halve\) that would see celora's arguments or output of a call by now"
+        ):
             output = model(**batch)
     torch.testing.assert_close(output.loss, expected)
 

@@ -89,7 +89,7 @@ def test_outside_its_calls_the_configuration_is_the_models_own() -> None:
 def test_an_interrupted_attention_leaves_nothing_behind(
     where: str, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, batch = model_of("llama"), ragged([11, 4, 7])
+    model, batch = model_of("llama"), ragged([11, 4, 7], left=True)
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable({"use_reentrant": False})
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}

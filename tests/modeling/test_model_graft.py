@@ -8,7 +8,6 @@ import math
 import pickle
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,6 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import celora
 from celora import CELoraConfig
-from celora.modeling.recognise import Probe
 from celora.numerics import head
 from celora.runtime.attachment import require
 from labelled import compare, gradient, masked_batch
@@ -327,29 +325,6 @@ def test_ctrl_c_in_the_first_forward_leaves_the_loss_alone(copied: Callable[[nn.
         torch.testing.assert_close(copied(inner)(**batch).loss, expected)
     torch.testing.assert_close(inner(**batch).loss, expected)
     torch.testing.assert_close(model(**batch).loss, expected)
-
-
-@pytest.mark.parametrize("refused", [False, True])
-def test_a_hook_that_was_there_first_sees_the_model_s_own_loss(refused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also in the call that probes. There the model has computed the loss of a few tokens."""
-    model, batch, seen = make_model().train(), masked_batch(), list[float]()
-
-    def halve(_: nn.Module, __: Any, output: Any) -> Any:
-        seen.append(output.loss.item())
-        if len(seen) > 1:  # it begins to act after the first call
-            output.loss = output.loss / 2
-        return output
-
-    model.base_model.model.register_forward_hook(halve)
-    expected = [model(**batch).loss.item() for _ in range(3)]
-    whole = [*seen]
-    seen.clear()
-    if refused:
-        monkeypatch.setattr(Probe, "verdict", lambda *_: "has a loss of its own")
-    celora.attach(model, "exact")
-    with pytest.warns(UserWarning, match="has a loss of its own") if refused else nullcontext():
-        assert [model(**batch).loss.item() for _ in range(3)] == pytest.approx(expected, rel=1e-5)
-    assert seen == pytest.approx(whole, rel=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:celora. this is a copy of a part of the model")

@@ -61,23 +61,6 @@ def test_several_optimizers_over_one_model_make_one_step() -> None:
     owner.clock.stop()
 
 
-def test_parameters_stepped_inside_a_backward_make_one_step_at_its_end() -> None:
-    """The layers that come later in it have observed nothing yet when the first parameter is stepped."""
-    owner, seen = Owner(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))), list[list[int]]()
-
-    def step(parameter: torch.Tensor) -> None:
-        SGD([parameter], lr=0.1).step()
-        seen.append([*owner.steps])
-
-    for parameter in owner.module.parameters():
-        parameter.register_post_accumulate_grad_hook(step)
-    for _ in range(2):
-        owner.module(torch.ones(1, 2)).sum().backward()
-    assert seen == [[]] * 4 + [[1]] * 4
-    assert owner.steps == [1, 2]
-    owner.clock.stop()
-
-
 def test_a_later_optimizer_takes_over() -> None:
     owner = Owner(nn.Linear(2, 2))
     first = _optimizer(owner.module)

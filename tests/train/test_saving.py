@@ -13,12 +13,14 @@ from huggingface_hub import HfApi
 from huggingface_hub.utils import filter_repo_objects
 from rich.console import Console
 from safetensors.torch import load_file
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState
 from trl import SFTTrainer
 
 from celora.errors import CELoraError
+from celora.train import trainer as trainer_module
 from celora.train.live import look
 from celora.train.output.manifest import MANIFEST
+from celora.train.output.saving import find_best
 from celora.train.progress import read_metrics
 from celora.train.request.arguments import parse
 from celora.train.run import train
@@ -259,6 +261,42 @@ def test_the_best_checkpoint_is_found_in_a_folder_that_was_moved(inputs, tmp_pat
     assert same(adapter(tmp_path / "moved"), adapter(tmp_path / "whole"))
     assert not same(adapter(tmp_path / "moved"), load_file(tmp_path / "moved/checkpoint-5/adapter_model.safetensors"))
     assert "does not exist anymore" not in capfd.readouterr().err
+
+
+def test_the_best_checkpoint_is_the_one_that_was_saved_before_the_best_evaluation(tmp_path):
+    """Steps may be evaluated and not saved. Trainer forgets a path that is gone."""
+    checkpoint = tmp_path / "checkpoint-8"
+    checkpoint.mkdir()
+    (tmp_path / "checkpoint-4").mkdir()
+    saved = TrainerState(best_global_step=6, best_model_checkpoint="/elsewhere/checkpoint-4")
+    saved.save_to_json(str(checkpoint / "trainer_state.json"))
+    state = TrainerState(best_global_step=6)
+    find_best(state, checkpoint)
+    assert state.best_model_checkpoint == str(tmp_path / "checkpoint-4")
+    (tmp_path / "checkpoint-4").rmdir()
+    with pytest.warns(UserWarning, match="checkpoint-4 was the best checkpoint, and is not there"):
+        find_best(state, checkpoint)
+    assert state.best_model_checkpoint is None
+
+
+@pytest.mark.parametrize("after", [2, 3])
+def test_a_run_that_found_a_smaller_batch_is_resumed_to_its_end(after, inputs, tmp_path, monkeypatch):
+    """Half of the batch makes twice as many steps. Ctrl-C where the given batch would end, and after that."""
+    own = {"max_steps": -1, "num_train_epochs": 0.4, "per_device_train_batch_size": 4, "auto_find_batch_size": True}
+    step = trainer_module.Trainer.training_step
+
+    def too_large(self, model, given, *rest):
+        if len(given["input_ids"]) > 2:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return step(self, model, given, *rest)
+
+    monkeypatch.setattr(trainer_module.Trainer, "training_step", too_large)
+    with monkeypatch.context() as patch:
+        on_build(patch, lambda trainer: trainer.add_callback(PressCtrlC(after=after)))
+        assert go(inputs, tmp_path, **own)[0].status == "interrupted"
+    assert (look(tmp_path).step, look(tmp_path).steps) == (after + 1, 5)
+    result, _ = resume(tmp_path)
+    assert (result.status, result.step) == ("finished", 5)
 
 
 def test_nothing_pickled_is_written_only_to_be_looked_at(inputs, tmp_path):

@@ -116,7 +116,7 @@ def not_ours(causal: PreTrainedModel) -> str:
     if by := replaced(head):
         return f"the forward of its head was replaced by {by}"
     if by := would_see(causal):
-        return f"{type(causal).__name__} has a hook ({by}) that would see celora's arguments of the call"
+        return f"{type(causal).__name__} has a hook ({by}) that would see celora's arguments or output of a call"
     usual = borrow("transformers.loss.loss_utils:ForCausalLMLoss")
     if usual is None or causal.loss_function is not usual:
         return f"{type(causal).__name__} has a loss of its own"

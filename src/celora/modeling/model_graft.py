@@ -344,8 +344,12 @@ class ModelGraft(Measured, Hook):
             self.switch.say_once(f"loss: {reason}", f"{reason}; its own loss is used, with all tokens and padding.")
 
     def _own(self, module: nn.Module, given: dict[str, Any]) -> Any:
-        """The output of a refused model for the labels of the call that probed. Its hooks see it once, after this."""
-        return module.forward(**given)
+        """The output of a refused model for the labels of the call that probed. It must not probe again."""
+        probed_by, self._probed_by = self._probed_by, nothing
+        try:
+            return module(**given)
+        finally:
+            self._probed_by = probed_by
 
     def _packs(self, causal: Any, given: Mapping[str, Any], shape: torch.Size) -> bool:
         """Whether the batch of this call may be packed. Says why not, unless the arguments show it."""
@@ -374,7 +378,7 @@ def _hook(graft: ModelGraft, found: LanguageModel) -> list[RemovableHandle]:
     handles.append(found.decoder.register_forward_hook(graft.body, with_kwargs=True))
     for module in filter(None, (found.causal, found.tuner)):
         handles.append(module.register_forward_pre_hook(graft.before, with_kwargs=True))
-        handles.append(module.register_forward_hook(graft.after, with_kwargs=True, prepend=True, always_call=True))
+        handles.append(module.register_forward_hook(graft.after, with_kwargs=True, always_call=True))
     if graft.packs:
         for module in filter(is_attention, found.causal.modules()):
             handles += Lookup().under(module)

@@ -79,12 +79,12 @@ def may_look_at_shapes(module: nn.Module) -> str:
 
 
 def would_see(module: nn.Module) -> str:
-    """The name of a hook that would get celora's arguments of a call in place of the caller's; '' if there is none.
+    """The name of a hook that would get celora's arguments or output in place of the model's; '' if there is none.
 
-    A pre-hook gets what the hooks before it returned; a forward hook gets what the module did. celora hands all
-    arguments on by name, so only hooks with `kwargs` see them.
+    A pre-hook gets what the hooks before it returned. celora hands all arguments on by name, so only one with `kwargs`
+    sees them. A forward hook gets an output without logits, and in the call that probes the loss of a few tokens.
     """
     later = itertools.dropwhile(lambda item: not is_ours(item[1]), module._forward_pre_hooks.items())
     hooks = [hook for key, hook in later if key in module._forward_pre_hooks_with_kwargs]
-    hooks += [hook for key, hook in module._forward_hooks.items() if key in module._forward_hooks_with_kwargs]
+    hooks += module._forward_hooks.values()
     return next((name for hook in hooks if not is_ours(hook) and (name := _may_look(hook))), "")

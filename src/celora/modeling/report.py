@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,16 +129,22 @@ class AttachReport:
 def counts(groups: Mapping[tuple[Any, ...], Sequence[Any]]) -> list[str]:
     """How many layers each group has, and the blocks that they are in if several groups are of one kind.
 
-    The first part of a group's key is the kind.
+    The first part of a group's key is the kind. A kind with several rows of blocks (of an encoder and a decoder, say)
+    gets no numbers.
     """
+    blocks = {key: [re.match(r"(.*?)\.(\d+)\.", layer.name) for layer in like] for key, like in groups.items()}
     kinds = Counter(key[0] for key in groups)
-    return [f"x{len(like)}" + (_blocks(like) if kinds[key[0]] > 1 else "") for key, like in groups.items()]
+    rows = {kind: {match and match[1] for key in groups if key[0] == kind for match in blocks[key]} for kind in kinds}
+    numbered = {kind for kind in kinds if kinds[kind] > 1 and len(rows[kind]) == 1}
+    return [
+        f"x{len(like)}" + (_numbers({int(match[2]) for match in blocks[key] if match}) if key[0] in numbered else "")
+        for key, like in groups.items()
+    ]
 
 
-def _blocks(layers: Sequence[Any]) -> str:
-    """Numbers of blocks, as the names of layers have them: ", block 0" or ", blocks 1-3, 7"; '' without numbers."""
-    found = (re.search(r"\.(\d+)\.", layer.name) for layer in layers)
-    numbers = sorted({int(match[1]) for match in found if match})
+def _numbers(found: Iterable[int]) -> str:
+    """Numbers of blocks in words: ", block 0" or ", blocks 1-3, 7"; '' for none."""
+    numbers = sorted(found)
     runs = [[n for _, n in run] for _, run in itertools.groupby(enumerate(numbers), key=lambda at: at[1] - at[0])]
     names = [f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs]
     shown = ", ".join(names[:_RUNS] + ["..."] * (len(names) > _RUNS))

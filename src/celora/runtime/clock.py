@@ -18,9 +18,6 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
-from celora.borrowed import borrow
-
-_QUEUE = "torch.autograd:Variable._execution_engine.queue_callback"
 _running: weakref.WeakSet[StepClock] = weakref.WeakSet()
 _handle: RemovableHandle | None = None
 _numbers = itertools.count()
@@ -82,21 +79,12 @@ class StepClock:
             self._stepped |= stepped
             return True
         self._stepped = stepped
-        _after_backward(self.advance)
+        self.advance()
         return True
 
     def _saw_other(self) -> None:
         if (on_other := self._on_other()) is not None:
             on_other()
-
-
-def _after_backward(do: Callable[[], None]) -> None:
-    """Call `do` at the end of the backward that goes on, or at once. Some loops step each parameter in its backward."""
-    task, queue = borrow("torch:_C._current_graph_task_id"), borrow(_QUEUE)
-    if task is None or queue is None or task() == -1:
-        do()
-    else:
-        queue(do)
 
 
 def _tell_clocks(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:

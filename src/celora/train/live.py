@@ -30,12 +30,15 @@ _RECENT = 20  # speed and time left are taken from so many log events
 
 
 class LiveReport(TrainerCallback):  # type: ignore[misc]
-    """Writes run.json after a step that moved a layer, and the report after a log event, every `EVERY_S` seconds.
+    """Writes run.json and the report while a run trains.
+
+    run.json is written when training begins, and after a step that moved a layer. The report is written after a log
+    event, every `EVERY_S` seconds.
 
     Args:
         folder: the output folder.
         name: what the run is called in its report.
-        record: the content of run.json. It gets the moves.
+        record: the content of run.json. It gets the number of steps, and the moves.
         clock: it is told how long the report took.
     """
 
@@ -43,14 +46,22 @@ class LiveReport(TrainerCallback):  # type: ignore[misc]
         self.folder, self.name, self.record, self.clock = folder, name, record, clock
         self._written = time.monotonic()
 
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Also called again with a smaller batch (`auto_find_batch_size`), which makes more steps."""
+        self.record["steps"] = state.max_steps
+        self._save()
+
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: Any, **_: Any
     ) -> None:
         moves = require(model).ladder.moves
         if len(moves) != len(self.record.get("moves", ())):
             self.record["moves"] = [asdict(move) for move in moves]
-            with suppress(CELoraError):  # the disk may be full for a moment; the end of the run would say so
-                write_json(self.folder / RUN, self.record)
+            self._save()
+
+    def _save(self) -> None:
+        with suppress(CELoraError):  # the disk may be full for a moment; the end of the run would say so
+            write_json(self.folder / RUN, self.record)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if time.monotonic() - self._written < EVERY_S:

@@ -103,6 +103,9 @@ class _Ready:
     asked: dict[str, Any]  # what was asked for where --memory has chosen something else
 
 
+_Marker = dict[str, Any]  # step and seconds of a checkpoint, and the steps of the whole run
+
+
 @dataclass
 class _Written:
     """What the first process writes. The other processes write nothing."""
@@ -135,7 +138,7 @@ def _train(
             )
             new = f"No run in {request.output} to resume: starting a new one."
             say(console, request.options.quiet, f"Resuming {where}." if run.earlier else new)
-        status = _carry_out(ready, folder, written, checkpoint, marker["step"], console)
+        status = _carry_out(ready, folder, written, checkpoint, marker, console)
         if compares and status == "finished" and is_first():
             _compare_with_peft(ready, folder, written.record, marker["step"], console)
     if status == "interrupted":
@@ -209,27 +212,26 @@ def _prepare(run: _Entered, console: Console, clock: WallClock) -> _Ready:
     return _Ready(request, trainer, rows, eval_rows, learnt, chosen, attached, made_from, asked)
 
 
-def _beginning(
-    run: _Entered, trainer: Any, lost: Sequence[str], console: Console
-) -> tuple[Path | None, dict[str, Any]]:
-    """The checkpoint to continue from, or None, and the step and seconds that it was saved at. Collective."""
+def _beginning(run: _Entered, trainer: Any, lost: Sequence[str], console: Console) -> tuple[Path | None, _Marker]:
+    """The checkpoint to continue from, or None, its step and seconds, and the steps of the whole run. Collective."""
     options, output = run.request.options, run.request.output
     # A damaged checkpoint is worth a warning, so the line is printed even when quiet.
-    resumed: tuple[Path, dict[str, Any]] | None = from_first(
+    resumed: tuple[Path, _Marker] | None = from_first(
         run.folder.last_checkpoint(lambda line: say(console, False, line)) if options.resume and is_first() else None
     )
     if run.finished and resumed is None:
         what = f"{output} is finished" + (f", without {', '.join(lost)}," if lost else "")
         raise CELoraError(f"{what} and no checkpoint to go on from is left; --overwrite trains anew")
     checkpoint, marker = resumed or (None, {"step": 0, "seconds": 0.0})
-    if trainer.steps < marker["step"]:
+    steps = trainer.count_steps(checkpoint)
+    if steps < marker["step"]:
         most, epochs = trainer.args.max_steps, trainer.args.num_train_epochs
-        asked = f"max_steps={most}" if most > 0 else f"num_train_epochs={epochs:g} ends at step {trainer.steps}"
+        asked = f"max_steps={most}" if most > 0 else f"num_train_epochs={epochs:g} ends at step {steps}"
         raise CELoraError(f"{asked}, but the run is saved at step {marker['step']}; give more")
-    return checkpoint, marker
+    return checkpoint, marker | {"steps": steps}
 
 
-def _open(run: _Entered, ready: _Ready, marker: dict[str, Any], stack: ExitStack) -> _Written:
+def _open(run: _Entered, ready: _Ready, marker: _Marker, stack: ExitStack) -> _Written:
     """Begin the output folder: write this run's record, plan, configuration and metrics. In the first process only."""
     folder, options, output, trainer = run.folder, run.request.options, run.request.output, ready.trainer
     with writing_to(output):
@@ -244,8 +246,8 @@ def _open(run: _Entered, ready: _Ready, marker: dict[str, Any], stack: ExitStack
     record = make_record(ready.request, trainer.args, chosen.config, ready.attached)
     gate = list(chosen.timings) or (run.earlier or {}).get("gate", [])  # a resumed run does not time again
     record |= {"gate": gate, "made_from": ready.made_from, "asked": ready.asked, "turns": has_turns(ready.rows)}
-    record["steps"] = trainer.steps
-    record["adapter_step"] = (run.earlier or {}).get("adapter_step")  # of the adapter beside this file
+    adapter_step = (run.earlier or {}).get("adapter_step")  # of the adapter beside this file
+    record |= {"adapter_step": adapter_step, "steps": marker["steps"]}
     write_json(output / RUN, record)
     if chosen.plan is not None:
         chosen.plan.save(output / PLAN)
@@ -259,9 +261,9 @@ def _open(run: _Entered, ready: _Ready, marker: dict[str, Any], stack: ExitStack
 
 
 def _carry_out(
-    ready: _Ready, folder: OutputFolder, written: _Written, checkpoint: Path | None, step: int, console: Console
+    ready: _Ready, folder: OutputFolder, written: _Written, checkpoint: Path | None, marker: _Marker, console: Console
 ) -> str:
-    """Train from `step` on, save, and complete the files. Returns "finished" or "interrupted"."""
+    """Train on from the checkpoint, save, and complete the files. Returns "finished" or "interrupted"."""
     trainer, metrics = ready.trainer, written.metrics
     progress, stop = ProgressLine(console, quiet=ready.request.options.quiet), StopAtStepEnd(console)
     name, clock = report_name(ready.request), trainer.wall_clock
@@ -276,7 +278,7 @@ def _carry_out(
         with stop.listening():
             # celora's callback reads its state from there.
             trainer.args.resume_from_checkpoint = str(checkpoint) if checkpoint else None
-            if checkpoint and step == trainer.steps:
+            if checkpoint and marker["step"] == marker["steps"]:
                 take_over(trainer, checkpoint)
             else:
                 with clock.spending("train"):

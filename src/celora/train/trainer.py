@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +19,8 @@ from trl import SFTTrainer
 
 from celora.borrowed import NAMES, borrow
 from celora.errors import CELoraError, out_of_memory
-from celora.train.output.saving import UNUSABLE, SafeSaving
+from celora.files import read_json
+from celora.train.output.saving import STATE, UNUSABLE, SafeSaving
 from celora.train.processes import lost_contact
 from celora.train.progress import Phases
 from celora.train.request.arguments import TrainRequest
@@ -50,6 +51,8 @@ class OrderOfEpoch(Sampler[int]):
 
 class Trainer(SafeSaving, AnswersOnly, SFTTrainer):  # type: ignore[misc]
     """An SFTTrainer that times its phases and sends no telemetry."""
+
+    _train_batch_size: int
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.phases, self.wall_clock = Phases(), WallClock()
@@ -98,14 +101,20 @@ class Trainer(SafeSaving, AnswersOnly, SFTTrainer):  # type: ignore[misc]
             )
         return loader
 
-    @functools.cached_property
-    def steps(self) -> int:
-        """Optimizer steps of the whole run, as Trainer counts them: a part of an epoch is rounded up."""
+    def count_steps(self, checkpoint: Path | None) -> int:
+        """Optimizer steps of the whole run, as Trainer counts them: a part of an epoch is rounded up.
+
+        `checkpoint`: with `auto_find_batch_size`, Trainer goes on with the batch size of this one.
+        """
         args = self.args
         if args.max_steps > 0:
             return int(args.max_steps)
+        if args.auto_find_batch_size and checkpoint is not None:
+            self._train_batch_size = read_json(checkpoint / STATE)["train_batch_size"] or self._train_batch_size
         epochs: float = args.num_train_epochs
-        of_an_epoch: int = math.ceil(len(self.get_train_dataloader()) / args.gradient_accumulation_steps)
+        with refused("training", self):
+            loader = self.get_train_dataloader()
+        of_an_epoch: int = math.ceil(len(loader) / args.gradient_accumulation_steps)
         return math.ceil(epochs * of_an_epoch)
 
     def _determine_best_metric(self, *args: Any, **kwargs: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from pickle import UnpicklingError
@@ -14,7 +15,7 @@ from transformers import TrainerCallback, TrainerState
 
 from celora.borrowed import borrow
 from celora.errors import CELoraError, Diverged, first_line
-from celora.files import clear, sync
+from celora.files import clear, read_json, sync
 from celora.runtime.state import STATE_NAME, load_state
 from celora.train.output.card import Card
 from celora.train.output.folder import CARD, REPORT, RUN, SAVING, OutputFolder, is_own
@@ -22,6 +23,7 @@ from celora.train.output.manifest import seal
 from celora.train.processes import is_first, wait_for_all
 from celora.train.progress import MetricsWriter
 
+STATE = "trainer_state.json"
 # Exceptions of a full or failing disk, and of a damaged file.
 UNUSABLE = (OSError, SafetensorError, UnpicklingError)
 # In what torch's and tokenizers' writers say then. Theirs are no OSErrors.
@@ -43,7 +45,8 @@ class Sealing(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
         """Trainer takes both from a checkpoint: the steps of another command, and paths of another folder."""
         state.compute_steps(args, state.max_steps)
-        find_best(state, self.folder.path)
+        if args.resume_from_checkpoint:
+            find_best(state, Path(args.resume_from_checkpoint))
 
     def on_save(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
         wait_for_all()
@@ -92,11 +95,14 @@ class SafeSaving:
             self.card.write(folder, self)
 
 
-def find_best(state: TrainerState, folder: Path) -> None:
-    """Find the best checkpoint in the run's own folder, which may have been moved since the state was saved."""
-    best = folder / f"checkpoint-{state.best_global_step}"
-    if best.is_dir():
-        state.best_model_checkpoint = str(best)
+def find_best(state: TrainerState, checkpoint: Path) -> None:
+    """Find the best checkpoint beside this one. The folder may have been moved since its state was saved."""
+    saved = read_json(checkpoint / STATE).get("best_model_checkpoint")
+    best = checkpoint.with_name(Path(saved).name) if saved else None
+    if best is not None and not best.is_dir():
+        warnings.warn(f"{best} was the best checkpoint, and is not there; it is no longer compared with.", stacklevel=2)
+        best = None
+    state.best_model_checkpoint = None if best is None else str(best)
 
 
 @contextlib.contextmanager
@@ -168,8 +174,8 @@ def take_over(trainer: Any, checkpoint: Path) -> None:
         CELoraError: this version of transformers has no method for it.
     """
     load, best = (borrow(f"transformers:Trainer.{name}") for name in ("_load_from_checkpoint", "_load_best_model"))
-    trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-    find_best(trainer.state, checkpoint.parent)
+    trainer.state = TrainerState.load_from_json(str(checkpoint / STATE))
+    find_best(trainer.state, checkpoint)
     wanted = trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint
     if load is None or (wanted and best is None):
         raise CELoraError(
