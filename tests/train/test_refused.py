@@ -220,7 +220,7 @@ def test_a_resumed_run_takes_no_fewer_epochs_than_it_has(inputs, tmp_path, monke
     given = {"max_steps": -1, "per_device_train_batch_size": 4}
     assert go(inputs, tmp_path / "out", **given, num_train_epochs=4)[0].status == "interrupted"
     with pytest.raises(
-        CELoraError, match="num_train_epochs=1 ends at step 2, but the run is saved at step 3; give more"
+        CELoraError, match="num_train_epochs=1 ends at step 6, but the run is saved at step 9; give more"
     ):
         go(inputs, tmp_path / "out", **given, num_train_epochs=1, resume=True)
 
