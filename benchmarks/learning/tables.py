@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -99,15 +100,21 @@ def share_kept(arm: str) -> str:
 
 def training_code() -> str:
     """What is kept of exact LoRA's improvement on the source of the standard library, on the way of a longer run."""
-    kinds: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    return "\n\n".join(map(_training_code, _studies_on_code()))
+
+
+def _studies_on_code() -> list[list[dict[str, Any]]]:
+    """Runs that may be compared: of one dtype, length and norm at which gradients are clipped, smaller norms first."""
+    kinds: dict[tuple[str, int, float], list[dict[str, Any]]] = {}
     for row in rows.read(HERE / "training-code.jsonl"):
-        kinds.setdefault((row["dtype"], max(_losses(row))), []).append(row)
-    return "\n\n".join(map(_training_code, kinds.values()))
+        kinds.setdefault((row["dtype"], max(_losses(row)), row.get("clip") or math.inf), []).append(row)
+    return [kinds[kind] for kind in sorted(kinds)]
 
 
 def _training_code(found: list[dict[str, Any]]) -> str:
     """Of runs of one length and dtype. Single losses of a constant rate are noisy, so each column has several."""
     one, shown, body = found[0], _fifths(found), []
+    clipped = f"gradients clipped at {one['clip']:g}" if one.get("clip") else "gradients not clipped"
     times = rows.read(HERE / "training-time.jsonl")
     ratios = {row["arm"]: row["ratio"] for row in times}
     for arm in dict.fromkeys(row["arm"] for row in found):
@@ -125,8 +132,8 @@ def _training_code(found: list[dict[str, Any]]) -> str:
     header = ["share of exact LoRA's improvement", "seeds", *(f"steps {part[0]:,} to {part[-1]:,}" for part in shown)]
     return (
         rows.markdown([*header, "step time", "ahead at equal time"], body)
-        + f"\n\n4 x 128 tokens, {one['dtype']}, {rows.where(one)}. Columns are means of {len(shown[0])} held-out "
-        f"losses. Ahead: in the last column, nats. Steps timed in turns: {rows.where(times[0])}."
+        + f"\n\n4 x 128 tokens, {one['dtype']}, {clipped}, {rows.where(one)}. Columns are means of {len(shown[0])} "
+        f"held-out losses. Ahead: in the last column, nats. Steps timed in turns: {rows.where(times[0])}."
     )
 
 
@@ -145,11 +152,10 @@ def _mean_share(pairs: list[tuple[dict[int, float], dict[int, float]]], steps: S
 
 
 def at_length(arm: str) -> str:
-    """That share in the last fifth of the longest runs."""
-    found = rows.read(HERE / "training-code.jsonl")
-    longest = max(max(_losses(row)) for row in found)
-    found = [row for row in found if max(_losses(row)) == longest]
-    return _mean_share(_pairs(found, arm), _fifths(found)[-1])
+    """That share in the last fifth of the longest runs; of those with clipped gradients, if the arm has them."""
+    studies = [found for found in _studies_on_code() if _pairs(found, arm)]
+    longest = max(studies, key=lambda found: max(_losses(found[0])))
+    return _mean_share(_pairs(longest, arm), _fifths(longest)[-1])
 
 
 def _mean_and_range(values: list[float]) -> str:
