@@ -274,7 +274,9 @@ def test_the_best_checkpoint_is_the_one_that_was_saved_before_the_best_evaluatio
     find_best(state, checkpoint)
     assert state.best_model_checkpoint == str(tmp_path / "checkpoint-4")
     (tmp_path / "checkpoint-4").rmdir()
-    with pytest.warns(UserWarning, match="checkpoint-4 was the best checkpoint, and is not there"):
+    with pytest.warns(
+        UserWarning, match="checkpoint-4, the best checkpoint so far, is not there; only a better one can be loaded"
+    ):
         find_best(state, checkpoint)
     assert state.best_model_checkpoint is None
 

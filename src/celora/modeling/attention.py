@@ -23,6 +23,7 @@ from celora.borrowed import borrow
 from celora.errors import CELoraError
 from celora.kernels import operations
 from celora.modeling import varlen
+from celora.modeling.compiled import is_compiled
 from celora.modeling.graft import in_dispatch_mode
 from celora.modeling.hooks import Hook
 from celora.modeling.own_forward import OwnForward
@@ -75,6 +76,11 @@ class Lookup(Hook):
             module.register_forward_pre_hook(self.before, with_kwargs=True),
             module.register_forward_hook(self.after, with_kwargs=True, always_call=True),
         ]
+
+    def enters(self, module: Any, args: tuple[Any, ...]) -> None:
+        """A forward pre-hook of the decoder, which makes the mask. Ctrl-C in a backward may have left our name."""
+        if not torch.compiler.is_compiling() and not is_compiled(module):
+            self.settle(module)
 
     def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward pre-hook (with kwargs)."""

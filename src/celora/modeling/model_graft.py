@@ -25,7 +25,7 @@ from transformers.utils import ModelOutput
 from celora.errors import CELoraError
 from celora.machine.processes import gathers, largest_of_all
 from celora.modeling import left_padding, packing
-from celora.modeling.attention import LENGTHS, Lookup, is_attention, may_replace, use_ours, use_sdpa
+from celora.modeling.attention import LENGTHS, Lookup, is_attention, may_replace, use_ours
 from celora.modeling.call import (
     TRL,
     Call,
@@ -222,14 +222,10 @@ class ModelGraft(Measured, Hook):
         """
         return self._probed_by() is labels
 
-    def enters(self, module: Any, args: tuple[Any, ...]) -> None:
+    def enters(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """A forward pre-hook of the decoder under the head, which someone may call without the head."""
-        if torch.compiler.is_compiling():
-            return
-        if not self._in_a_call():
+        if not torch.compiler.is_compiling() and not self._in_a_call():
             self.switch.astray = False
-        if self.packs and not is_compiled(module):
-            use_sdpa(module.config)  # an attention that was interrupted in a backward has left another name there
 
     def _in_a_call(self) -> bool:
         """Whether a call goes on. One that was interrupted is forgotten."""
@@ -380,8 +376,8 @@ def _hook(graft: ModelGraft, found: LanguageModel) -> list[RemovableHandle]:
         handles.append(module.register_forward_pre_hook(graft.before, with_kwargs=True))
         handles.append(module.register_forward_hook(graft.after, with_kwargs=True, always_call=True))
     if graft.packs:
-        for module in filter(is_attention, found.causal.modules()):
-            handles += Lookup().under(module)
+        handles.append(found.decoder.register_forward_pre_hook(Lookup().enters))
+        handles += [h for module in filter(is_attention, found.causal.modules()) for h in Lookup().under(module)]
     return handles
 
 

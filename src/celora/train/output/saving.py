@@ -100,7 +100,9 @@ def find_best(state: TrainerState, checkpoint: Path) -> None:
     saved = read_json(checkpoint / STATE).get("best_model_checkpoint")
     best = checkpoint.with_name(Path(saved).name) if saved else None
     if best is not None and not best.is_dir():
-        warnings.warn(f"{best} was the best checkpoint, and is not there; it is no longer compared with.", stacklevel=2)
+        warnings.warn(
+            f"{best}, the best checkpoint so far, is not there; only a better one can be loaded.", stacklevel=2
+        )
         best = None
     state.best_model_checkpoint = None if best is None else str(best)
 
