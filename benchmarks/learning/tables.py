@@ -13,6 +13,7 @@ from benchmarks import rows
 from benchmarks.learning import convergence_tables, quality_tables, sensitivity
 
 HERE = Path(__file__).parent
+_FEWEST_SEEDS = 3
 
 
 def training() -> str:
@@ -104,11 +105,17 @@ def training_code() -> str:
 
 
 def _studies_on_code() -> list[list[dict[str, Any]]]:
-    """Runs that may be compared: of one dtype, length and norm at which gradients are clipped, smaller norms first."""
+    """Runs that may be compared: of one dtype, length and norm at which gradients are clipped, smaller norms first.
+
+    Arms without three seeds are left out: their runs are not all there.
+    """
     kinds: dict[tuple[str, int, float], list[dict[str, Any]]] = {}
     for row in rows.read(HERE / "training-code.jsonl"):
         kinds.setdefault((row["dtype"], max(_losses(row)), row.get("clip") or math.inf), []).append(row)
-    return [kinds[kind] for kind in sorted(kinds)]
+    whole = [
+        [row for row in kinds[kind] if len(_pairs(kinds[kind], row["arm"])) >= _FEWEST_SEEDS] for kind in sorted(kinds)
+    ]
+    return [found for found in whole if found]
 
 
 def _training_code(found: list[dict[str, Any]]) -> str:
