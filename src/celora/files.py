@@ -149,13 +149,17 @@ def quoted(path: str | os.PathLike[str]) -> str:
     return shlex.quote(named)
 
 
-def check_regular(path: Path) -> None:
-    """Raise CELoraError for a pipe or a device: reading one may never end."""
+def is_stream(path: Path) -> bool:
+    """Whether this is a pipe or a device: reading one may never end."""
     try:
-        other = path.exists() and not path.is_file() and not path.is_dir()
+        return path.exists() and not path.is_file() and not path.is_dir()
     except (OSError, ValueError):  # not a valid name: opening it says why
-        return
-    if other:
+        return False
+
+
+def check_regular(path: Path) -> None:
+    """Raise CELoraError for a pipe or a device."""
+    if is_stream(path):
         raise CELoraError(f"cannot read {str(path)!r}: a pipe or a device; expected a file.")
 
 

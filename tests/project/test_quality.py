@@ -339,7 +339,7 @@ def test_runs_what_is_missing_and_times_it(
     monkeypatch.setattr(quality, "demo_model", lambda: model)
     said: list[str] = []
     arms = [arm for arm in quality.ARMS if arm not in quality.COMMAND_ARMS] + [
-        quality.command_arm(a, 2) for a in quality.CONTENDERS
+        quality.command_arm(arm, 2) for arm in quality.CONTENDERS
     ]
     quality.run(["chat"], ["untouched", "LoRA"], [0], [1e-3], said.append)
     quality.time_steps(["chat"], list(quality.TIMED), 2)

@@ -213,7 +213,10 @@ def _prepare(run: _Entered, console: Console, clock: WallClock) -> _Ready:
 
 
 def _beginning(run: _Entered, trainer: Any, lost: Sequence[str], console: Console) -> tuple[Path | None, _Marker]:
-    """The checkpoint to continue from, or None, its step and seconds, and the steps of the whole run. Collective."""
+    """The checkpoint to continue from, its step and seconds, and the steps of the whole run. Collective.
+
+    Without a checkpoint (None) the whole run is counted when it begins.
+    """
     options, output = run.request.options, run.request.output
     # A damaged checkpoint is worth a warning, so the line is printed even when quiet.
     resumed: tuple[Path, _Marker] | None = from_first(
@@ -222,13 +225,10 @@ def _beginning(run: _Entered, trainer: Any, lost: Sequence[str], console: Consol
     if run.finished and resumed is None:
         what = f"{output} is finished" + (f", without {', '.join(lost)}," if lost else "")
         raise CELoraError(f"{what} and no checkpoint to go on from is left; --overwrite trains anew")
-    checkpoint, marker = resumed or (None, {"step": 0, "seconds": 0.0})
-    steps = trainer.count_steps(checkpoint)
-    if steps < marker["step"]:
-        most, epochs = trainer.args.max_steps, trainer.args.num_train_epochs
-        asked = f"max_steps={most}" if most > 0 else f"num_train_epochs={epochs:g} ends at step {steps}"
-        raise CELoraError(f"{asked}, but the run is saved at step {marker['step']}; give more")
-    return checkpoint, marker | {"steps": steps}
+    if resumed is None:
+        return None, {"step": 0, "seconds": 0.0, "steps": None}
+    checkpoint, marker = resumed
+    return checkpoint, marker | {"steps": trainer.count_steps(checkpoint, marker["step"])}
 
 
 def _open(run: _Entered, ready: _Ready, marker: _Marker, stack: ExitStack) -> _Written:

@@ -101,21 +101,27 @@ class Trainer(SafeSaving, AnswersOnly, SFTTrainer):  # type: ignore[misc]
             )
         return loader
 
-    def count_steps(self, checkpoint: Path | None) -> int:
-        """Optimizer steps of the whole run, as Trainer counts them: a part of an epoch is rounded up.
+    def count_steps(self, checkpoint: Path, step: int) -> int:
+        """Optimizer steps of the whole run that goes on from this checkpoint, as Trainer counts them.
 
-        `checkpoint`: with `auto_find_batch_size`, Trainer goes on with the batch size of this one.
+        A part of an epoch is rounded up. With `auto_find_batch_size`, Trainer takes the checkpoint's batch size.
+
+        Raises:
+            CELoraError: the run would end before `step`, at which the checkpoint was saved.
         """
         args = self.args
-        if args.max_steps > 0:
-            return int(args.max_steps)
-        if args.auto_find_batch_size and checkpoint is not None:
-            self._train_batch_size = read_json(checkpoint / STATE)["train_batch_size"] or self._train_batch_size
-        epochs: float = args.num_train_epochs
-        with refused("training", self):
-            loader = self.get_train_dataloader()
-        of_an_epoch: int = math.ceil(len(loader) / args.gradient_accumulation_steps)
-        return math.ceil(epochs * of_an_epoch)
+        steps, epochs = int(args.max_steps), float(args.num_train_epochs)
+        asked = f"max_steps={steps}"
+        if steps <= 0:
+            if args.auto_find_batch_size:
+                self._train_batch_size = read_json(checkpoint / STATE)["train_batch_size"] or self._train_batch_size
+            with refused("training", self):
+                loader = self.get_train_dataloader()
+            steps = math.ceil(epochs * math.ceil(len(loader) / args.gradient_accumulation_steps))
+            asked = f"num_train_epochs={epochs:g} ends at step {steps}"
+        if steps < step:
+            raise CELoraError(f"{asked}, but the run is saved at step {step}; give more")
+        return steps
 
     def _determine_best_metric(self, *args: Any, **kwargs: Any) -> Any:
         """Like Trainer's. A metric that no evaluation reports becomes a one-line error.

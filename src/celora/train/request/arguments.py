@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from celora.errors import CELoraError, unknown
-from celora.files import check_name, finite
+from celora.files import check_name, finite, is_stream
 from celora.settings.config import CELoraConfig, balanced_rank
 from celora.settings.presets import PRESETS, resolve
 from celora.train.output.folder import RUN, OutputFolder
@@ -320,8 +320,8 @@ def _absolute(name: str, value: object) -> object:
         return value
     check_name(name, value)
     path = Path(value).expanduser()
-    if path.exists() and not path.is_file() and not path.is_dir():
-        return value  # a pipe, which is refused under its own name
+    if is_stream(path):
+        return value  # refused later, under its own name
     if path.is_file():  # a link keeps its name: its ending counts, and the hub's cache links to files without one
         return str(path.parent.resolve() / path.name)
     return str(path.resolve()) if path.exists() or name == "output" else value
