@@ -42,7 +42,7 @@ def scores() -> str:
                 compared += len(shared) > 1
                 difference = _difference(
                     [by_seed[s]["test"] for s in shared], [base[s]["test"] for s in shared], by_seed[shared[0]]
-                ) + _elsewhere(by_seed, base)
+                ) + elsewhere(by_seed, base)
             one = next(iter(by_seed.values()))
             tried = {row["learning_rate"] for row in found if (row["task"], row["arm"], row["seed"]) == (task, arm, 0)}
             rate = "" if arm == "untouched" else f"{one['learning_rate']:g} of {len(tried)}"
@@ -80,7 +80,7 @@ def verdict() -> str:
             values = _ahead(found, task, preset, "LoRA")
             if len(values) < _ENOUGH:
                 continue
-            by = _hundredths(_better(values)) + _elsewhere(chosen(found, task, preset), chosen(found, task, "LoRA"))
+            by = _hundredths(_better(values)) + elsewhere(chosen(found, task, preset), chosen(found, task, "LoRA"))
             line = [task, preset, str(len(values)), by, "yes" if _is_near(values) else "no"]
             line.append(_not_worse(_better(values), _margin(found, task)))
             line += [_hundredths(by_task[task]) if preset == "auto" and task in by_task else "" for by_task in later]
@@ -222,7 +222,7 @@ def _not_worse(interval: _Interval, margin: float) -> str:
     return "shown" if low >= 0 else "no" if high < 0 else "open"
 
 
-def _elsewhere(arm: dict[int, dict[str, Any]], other: dict[int, dict[str, Any]]) -> str:
+def elsewhere(arm: dict[int, dict[str, Any]], other: dict[int, dict[str, Any]]) -> str:
     """What is said beside a difference of arms with seeds that were trained on different CPUs."""
     apart = {seed: rows.machine(arm[seed]) != rows.machine(other[seed]) for seed in arm.keys() & other.keys()}
     some = "" if all(apart.values()) else f"{sum(apart.values())} seeds "

@@ -14,6 +14,7 @@ from benchmarks.learning import convergence_tables, quality_tables, sensitivity
 
 HERE = Path(__file__).parent
 _FEWEST_SEEDS = 3
+_Pair = tuple[dict[int, float], dict[int, float]]  # an arm's losses by step, and exact LoRA's
 
 
 def training() -> str:
@@ -76,9 +77,7 @@ def _kept(found: list[dict[str, Any]], arm: str) -> list[float]:
     return [_share(losses, lora, max(losses)) for losses, lora in _pairs(found, arm)]
 
 
-def _pairs(
-    found: list[dict[str, Any]], arm: str, cpu: str | None = None
-) -> list[tuple[dict[int, float], dict[int, float]]]:
+def _pairs(found: list[dict[str, Any]], arm: str, cpu: str | None = None) -> list[_Pair]:
     """The losses of an arm's runs, each with those of exact LoRA on the same CPU and with the same seed."""
     exact = {(row["cpu"], row["seed"]): _losses(row) for row in found if row["arm"] == "exact LoRA"}
     return [
@@ -113,7 +112,8 @@ def _studies_on_code() -> list[list[dict[str, Any]]]:
     for row in rows.read(HERE / "training-code.jsonl"):
         kinds.setdefault((row["dtype"], max(_losses(row)), row.get("clip") or math.inf), []).append(row)
     whole = [
-        [row for row in kinds[kind] if len(_pairs(kinds[kind], row["arm"])) >= _FEWEST_SEEDS] for kind in sorted(kinds)
+        [row for row in kinds[kind] if len(_pairs_on_code(kinds[kind], row["arm"])) >= _FEWEST_SEEDS]
+        for kind in sorted(kinds)
     ]
     return [found for found in whole if found]
 
@@ -124,8 +124,9 @@ def _training_code(found: list[dict[str, Any]]) -> str:
     clipped = f"gradients clipped at {one['clip']:g}" if one.get("clip") else "gradients not clipped"
     times = rows.read(HERE / "training-time.jsonl")
     ratios = {row["arm"]: row["ratio"] for row in times}
+    where = "; ".join(dict.fromkeys(rows.where(row) for row in found))
     for arm in dict.fromkeys(row["arm"] for row in found):
-        pairs = _pairs(found, arm)
+        pairs = _pairs_on_code(found, arm)
         if not pairs:
             continue
         cells = [_mean_share(pairs, part) for part in shown]
@@ -135,13 +136,24 @@ def _training_code(found: list[dict[str, Any]]) -> str:
             if ratios.get(arm, 1) < 1
         ]
         timed = [f"{ratios[arm]:.3f}" if arm in ratios else "", _mean_and_range(ahead) if ahead else ""]
-        body.append([arm, str(len(pairs)), *cells, *timed])
+        elsewhere = quality_tables.elsewhere(_by_seed(found, arm), _by_seed(found, "exact LoRA"))
+        body.append([arm, f"{len(pairs)}{elsewhere}", *cells, *timed])
     header = ["share of exact LoRA's improvement", "seeds", *(f"steps {part[0]:,} to {part[-1]:,}" for part in shown)]
     return (
         rows.markdown([*header, "step time", "ahead at equal time"], body)
-        + f"\n\n4 x 128 tokens, {one['dtype']}, {clipped}, {rows.where(one)}. Columns are means of {len(shown[0])} "
+        + f"\n\n4 x 128 tokens, {one['dtype']}, {clipped}. Trained on {where}. Columns are means of {len(shown[0])} "
         f"held-out losses. Ahead: in the last column, nats. Steps timed in turns: {rows.where(times[0])}."
     )
+
+
+def _pairs_on_code(found: list[dict[str, Any]], arm: str) -> list[_Pair]:
+    """The losses of an arm's runs, each with those of exact LoRA with the same seed. Each run was made on one CPU."""
+    runs, exact = _by_seed(found, arm), _by_seed(found, "exact LoRA")
+    return [(_losses(runs[seed]), _losses(exact[seed])) for seed in runs if seed in exact]
+
+
+def _by_seed(found: list[dict[str, Any]], arm: str) -> dict[int, dict[str, Any]]:
+    return {row["seed"]: row for row in found if row["arm"] == arm}
 
 
 def _fifths(found: list[dict[str, Any]]) -> list[list[int]]:
@@ -151,7 +163,7 @@ def _fifths(found: list[dict[str, Any]]) -> list[list[int]]:
     return [steps[first : first + width] for first in range(0, len(steps), width)]
 
 
-def _mean_share(pairs: list[tuple[dict[int, float], dict[int, float]]], steps: Sequence[int]) -> str:
+def _mean_share(pairs: list[_Pair], steps: Sequence[int]) -> str:
     """The share kept of exact LoRA's improvement, of mean losses: the mean and the range over the seeds."""
     means = [[statistics.mean(curve[at] for at in steps) for curve in pair] for pair in pairs]
     shares = [(lora[0] - own) / (lora[0] - other) for (_, lora), (own, other) in zip(pairs, means, strict=True)]
@@ -160,9 +172,9 @@ def _mean_share(pairs: list[tuple[dict[int, float], dict[int, float]]], steps: S
 
 def at_length(arm: str) -> str:
     """That share in the last fifth of the longest runs; of those with clipped gradients, if the arm has them."""
-    studies = [found for found in _studies_on_code() if _pairs(found, arm)]
+    studies = [found for found in _studies_on_code() if _pairs_on_code(found, arm)]
     longest = max(studies, key=lambda found: max(_losses(found[0])))
-    return _mean_share(_pairs(longest, arm), _fifths(longest)[-1])
+    return _mean_share(_pairs_on_code(longest, arm), _fifths(longest)[-1])
 
 
 def _mean_and_range(values: list[float]) -> str:
