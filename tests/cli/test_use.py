@@ -39,9 +39,15 @@ def test_one_prompt_has_one_answer(finished, capsys):
 def test_lines_of_stdin_are_turns(finished, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("w1 w2\n\nw5\n/reset\nw1 w2\n"))
     assert run("chat", finished[0], "--json", *SHORT) == 0
-    first, second, anew = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    answered = capsys.readouterr().out
+    first, second, anew = (json.loads(line) for line in answered.splitlines())
     assert second["prompt"] == "w5"
     assert anew == first
+    monkeypatch.setattr(
+        "sys.stdin", io.StringIO("\ufeffw1 w2\r\nw5\r\n/reset\r\nw1 w2\r\n", newline="\n")
+    )  # of Windows
+    assert run("chat", finished[0], "--json", *SHORT) == 0
+    assert capsys.readouterr().out == answered
 
 
 class Terminal(io.StringIO):

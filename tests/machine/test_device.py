@@ -114,7 +114,7 @@ def test_the_estimated_head(mps: list[str]) -> None:
         scores.log_probs.sum().backward()
         out = torch.empty(18, 16).to(where)
         through_the_head(torch.randn(18, 40, generator=torch.Generator().manual_seed(1)).to(where),
-                         weight.to(where), 0.2, out, 3)  # fmt: skip
+                         weight.to(where), targets.to(where), 0.2, out, 3)  # fmt: skip
         found.append((scores.log_probs.detach().cpu(), out.cpu()))
         assert x.grad is not None
         assert x.grad.device == where

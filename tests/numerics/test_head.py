@@ -225,6 +225,24 @@ def test_words_that_are_left_out_keep_what_they_have_in_common(cap: float | None
     assert (estimate - exact).norm() < 0.15 * exact.norm()
 
 
+def test_more_targets_than_words_that_are_kept_do_no_harm_together() -> None:
+    """Then no word is certain, and tokens must not share an error: it would outgrow what they learn."""
+    tokens, words = 300, 400
+    targets = torch.randint(0, words, (tokens,))
+    grad = -torch.softmax(torch.randn(words) + 0.1 * torch.randn(tokens, words), 1)
+    grad[torch.arange(tokens), targets] += 1
+    weight = torch.randn(words, 32)
+    kept = 0.5
+    assert targets.unique().numel() > kept * words
+    exact, found = grad @ weight, torch.empty(tokens, 32)
+    errors = []
+    for seed in range(10):
+        head.through_the_head(grad, weight, targets, kept, found, seed)
+        errors.append(float((found - exact).sum(0).norm()))
+    alone = float((found - exact).norm())  # what independent errors would add up to
+    assert statistics.fmean(errors) < 2 * alone
+
+
 def test_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     patch_all(monkeypatch, "celora.numerics.head:_CHUNK_ROWS", 10)
     patch_all(monkeypatch, "celora.numerics.head:_CHUNK_NUMBERS", 1)

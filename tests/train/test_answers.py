@@ -153,6 +153,7 @@ def test_a_token_across_the_bounds_of_an_answer_cannot_be_told_without_its_place
          r"^the chat template writes the answer messages\[1\] differently"),
         ("{{ raise_exception('not\nyet') if messages | length < 3 }}" + CHATML, [*ONE, U("c")],
          r"^the chat template refuses what ends at messages\[1\] \(not yet\); give a template with"),
+        (ASKED_TO_THINK, [A("b"), U("a")], r"^the chat template writes the answer messages\[0\] differently"),
         (CHATML, [U("a")], "no assistant turn is in it, so there is nothing to learn"),
         (MARKED.replace("== 'assistant'", "== 'model'"), ONE, "marks none of its tokens as an answer"),
     ],

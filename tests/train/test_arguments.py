@@ -23,7 +23,7 @@ from celora.train.request.fields import (
     known_fields,
 )
 from celora.train.request.names import launcher_names
-from celora.train.rows.data import local_files
+from celora.train.rows.places import local_files
 from trl_fields import TRL_SFT
 
 

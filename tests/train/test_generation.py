@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
 import torch
 from peft import PeftModel
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from celora.errors import CELoraError
@@ -143,8 +145,32 @@ def test_without_a_chat_template_a_prompt_is_continued(trained):
     talk = Conversation(replace(trained, raw=True), GREEDY)
     assert talk.ask("w1 w2") == talk.ask("w1 w2")
     assert talk.turns == []
-    with pytest.raises(CELoraError, match="--system needs the chat template"):
-        Conversation(replace(trained, raw=True), GREEDY, system="w3")
+    for system in ("w3", ""):
+        with pytest.raises(CELoraError, match="--system needs the chat template"):
+            Conversation(replace(trained, raw=True), GREEDY, system=system)
+
+
+def test_a_prompt_that_is_continued_has_no_end(trained):
+    """Some tokenizers end each text. In training the end follows the completion."""
+    tokenizer = copy.deepcopy(trained.tokenizer)
+    plain = tokenizer("w1 w2")["input_ids"]
+    start, end = tokenizer.convert_tokens_to_ids(["w9", "<eos>"])
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="w9 $A <eos>", special_tokens=[("w9", start), ("<eos>", end)]
+    )
+    assert tokenizer("w1 w2")["input_ids"] == [start, *plain, end]
+    assert encode(tokenizer, "w1 w2", raw=True) == [start, *plain]
+
+
+def test_an_empty_system_message_switches_off_the_template_s_own(trained, monkeypatch):
+    own = "{% if messages[0]['role'] != 'system' %}w9 {% endif %}" + trained.tokenizer.chat_template
+    monkeypatch.setattr(trained.tokenizer, "chat_template", own)
+    asked = []
+    monkeypatch.setattr(generation, "generate", lambda trained, prompts, *_, **more: asked.extend(prompts))
+    for system in (None, ""):
+        Conversation(trained, GREEDY, system=system).ask("w1")
+    (own,) = trained.tokenizer("w9", add_special_tokens=False)["input_ids"]
+    assert [tokens.count(own) for tokens in asked] == [1, 0]
 
 
 def test_what_cannot_be_asked_is_one_line(trained, monkeypatch):

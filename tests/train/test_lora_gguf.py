@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import gguf
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from adapters import SETTINGS, adapted, save
 from celora.errors import CELoraError
-from celora.train.formats.gguf_file import field, open_gguf
+from celora.train.formats.gguf_file import field, open_gguf, read_header
 from celora.train.formats.lora_gguf import lora_tensors, write_lora
 from celora.train.formats.saved_adapter import SavedAdapter
 from decoders import model_of
@@ -110,3 +112,22 @@ def test_a_tied_head_and_a_layer_without_a_name_are_refused(tmp_path):
     save_file({"base_model.model.lm_head.bias": torch.zeros(4)}, path)
     with pytest.raises(CELoraError, match="cannot hold biases of the base"):
         lora_tensors(SavedAdapter(tmp_path), model.config)
+
+
+def test_a_base_that_it_does_not_fit_is_refused(tmp_path):
+    model = adapted()
+    save(model, tmp_path / "adapter")
+    adapter, file = SavedAdapter(tmp_path / "adapter"), tmp_path / "lora.gguf"
+    base = read_header(write_model(tmp_path / "base.gguf", model.unload()))
+    assert write_lora(file, adapter, model.config, "a run", base) > 0
+    name, tensor = next((name, tensor) for name, tensor in base.tensors.items() if name.endswith("ffn_down.weight"))
+    wider = replace(base, tensors={**base.tensors, name: replace(tensor, shape=(64, 64))})
+    for other, message in (
+        (wider, rf"is another model: {name} is 64 x 64, and the adapter was trained on one of 32 x 48; give its own"),
+        (read_header(file), r"is another model: \S+ is not there"),
+        (replace(base, fields={**base.fields, "general.architecture": "qwen2"}), "holds a model of 'qwen2'"),
+    ):
+        with pytest.raises(CELoraError, match=message):
+            write_lora(tmp_path / "other.gguf", adapter, model.config, "a run", other)
+    part = replace(base, tensors={}, fields={**base.fields, "split.count": 2})
+    assert write_lora(tmp_path / "other.gguf", adapter, model.config, "a run", part) > 0

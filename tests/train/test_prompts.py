@@ -46,17 +46,30 @@ def test_a_row_of_any_shape_asks_what_training_would_ask(load, tmp_path):
     class Tokenizer:
         chat_template = None
 
-        def __call__(self, text):
-            texts.append(text)
+        def __call__(self, text, add_special_tokens=True):
+            texts.extend([text] if add_special_tokens else [])
             return {"input_ids": [1]}
 
     assert encode(Tokenizer(), found[3][1]) == [1]
     assert texts == [without_template["prompt"]] == ["w1\n\nw2\n\n"]
 
 
+def test_of_several_columns_that_ask_training_s_is_taken(tmp_path):
+    rows = [
+        {"prompt": "w1", "instruction": "w2", "output": "w3"},
+        {"prompt": "w1", "text": "w2"},
+        {"prompt": "w1", "body": "w2"},
+        {"text": "w1", "instruction": "w2"},
+    ]
+    path = write(tmp_path / "rows.jsonl", rows)
+    assert [prompt for _, prompt in load_prompts(path)] == ["w2", "w1", "w1", "w2"]
+    assert load_prompts(path, text_field="body")[2][1] == "w2"
+
+
 @pytest.mark.parametrize(
     ("row", "said"),
     [
+        ({"messages": ASKED, "tools": [{"type": "function"}]}, r"rows.jsonl:1: 'tools' are not shown to the model"),
         ({"question": "w1"}, r"rows.jsonl:1: columns 'question'; expected a row with prompt, messages"),
         ({"prompt": ""}, r"rows.jsonl:1: 'prompt' is empty"),
         ({"prompt": "w1", "generated": "w2"}, r"the column 'generated' is where the answer goes"),

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from celora.errors import CELoraError
 from celora.train.loading import read_tokenizer
-from celora.train.rows.template import refused_row
+from celora.train.rows.template import check_text_is_rendered, refused_row
 from celora.train.use.generation import encode
 from runs import go
 from tiny import TEMPLATE
@@ -85,3 +85,32 @@ def test_an_empty_template_is_none(empty, inputs, tmp_path):
     (tmp_path / "texts.jsonl").write_text(json.dumps({"text": "w1 w2"}) + "\n")
     go({**inputs, **chats, "data": str(tmp_path / "texts.jsonl")}, tmp_path / "out", max_steps=1)
     assert encode(read_tokenizer(str(model)), "w1") == encode(read_tokenizer(inputs["model"]), "w1", raw=True)
+
+
+OF_PARTS = (
+    "{% for m in messages %}<|{{ m['role'] }}|> {% for part in m['content'] %}{% if part['type'] == 'text' %}"
+    "{{ part['text'] }} {% endif %}{% endfor %}<eos> {% endfor %}"
+)
+
+
+@pytest.mark.fault(
+    "input",
+    "a chat template that leaves out what messages say, as one made for content as a list of parts",
+    sees="`the chat template leaves out what messages say, ...`, and what to write where",
+    kept="everything: nothing is trained, and no empty question is asked",
+)
+@pytest.mark.parametrize("rows_of", ["messages", "instruction"])
+def test_a_template_without_text_is_refused(rows_of, inputs, tmp_path):
+    (tmp_path / "parts.jinja").write_text(OF_PARTS)
+    data = rows(tmp_path / "rows.jsonl", [USER, ASSISTANT])
+    if rows_of == "instruction":
+        (tmp_path / "rows.jsonl").write_text(json.dumps({"instruction": "w1", "output": "w2"}) + "\n")
+    with pytest.raises(CELoraError, match=r"^the chat template leaves out what messages say"):
+        go({**inputs, "data": data}, tmp_path / "out", chat_template_path=str(tmp_path / "parts.jinja"))
+    tokenizer = AutoTokenizer.from_pretrained(inputs["model"])
+    check_text_is_rendered(tokenizer)
+    tokenizer.chat_template = OF_PARTS
+    with pytest.raises(CELoraError, match=r"^the chat template leaves out what messages say"):
+        encode(tokenizer, "w1 w2")
+    tokenizer.chat_template = "{{ raise_exception('not this one') }}"
+    check_text_is_rendered(tokenizer)  # the rows of the user decide about it

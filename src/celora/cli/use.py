@@ -144,10 +144,11 @@ def generate(
     if output is not None:
         check_file(output, overwrite=overwrite or resume)
     from celora.train.use.prompts import answer_all, answered_rows, load_prompts, prompt_files
+    from celora.train.use.trained import text_field_of
 
     if output is not None and output.exists() and any(file.samefile(output) for file in prompt_files(data)):
         raise CELoraError(f"--output {str(output)!r} is the --data; give another file")
-    rows = load_prompts(data, limit=limit)
+    rows = load_prompts(data, limit=limit, text_field=text_field_of(out))
     earlier = answered_rows(output, [row for row, _ in rows], base=base) if resume and output is not None else []
 
     def say(done: int, new: list[dict[str, Any]]) -> None:
@@ -254,7 +255,7 @@ def _turns(interactive: bool) -> Iterator[str]:
 def _next_line() -> str:
     if not (line := sys.stdin.readline()):
         raise EOFError
-    return line.removesuffix("\n")
+    return line.removesuffix("\n").removesuffix("\r").removeprefix("\ufeff")  # as files of Windows have them
 
 
 def _answer(prompt: str, talks: dict[str, Any], as_json: bool, interactive: bool = False) -> None:

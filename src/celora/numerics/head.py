@@ -19,7 +19,8 @@ adds up to zero, so the mean w may be subtracted from W's rows:
     G W = G_C W_C + a w + D (W - 1 w)  ~=  G_C W_C + a w + sum_{j drawn} (D_j / p_j) (W_j - w),
 
 with C the certain words, `a = sum_{j not in C} G_j`, `q_j = max(0, -sum_t G_tj)` outside C, normalised, `w = q W` and
-`D = G - a q`. The estimate is unbiased.
+`D = G - a q`. The estimate is unbiased, whatever a is in D. There it leaves out a token's own target: if that were
+not certain, the row would add up to zero, and nothing would be subtracted from its other words.
 """
 
 from __future__ import annotations
@@ -277,7 +278,7 @@ class _Scores(torch.autograd.Function):
                     write=wanted,
                 )
                 if gradient is not None:
-                    through_the_head(z, w, keep_ratio, gradient[part], seed + start)
+                    through_the_head(z, w, targets[part], keep_ratio, gradient[part], seed + start)
                     if measure is not None and start < count:  # behind that, all is padding
                         estimate = gradient[part].clone()
                         linear(z, w.t(), out=gradient[part])
@@ -302,8 +303,8 @@ def chunk_size(tokens: int, words: int) -> int:
     return -(-tokens // chunks)
 
 
-def through_the_head(grad: Tensor, weight: Tensor, keep_ratio: float, out: Tensor, seed: int) -> None:
-    """`out = grad W`, or its estimate from words drawn (see above): (n, V) x (V, H) -> (n, H)."""
+def through_the_head(grad: Tensor, weight: Tensor, targets: Tensor, keep_ratio: float, out: Tensor, seed: int) -> None:
+    """`out = grad W`, or its estimate from words drawn (see above): (n, V) x (V, H) -> (n, H); `targets: (n,)`."""
     kept = max(1, round(keep_ratio * len(weight)))
     largest = None if kept == len(weight) else column_maxima(grad)
     # If a token's gradient is no number, there is no choice of words. Looking would wait for an accelerator.
@@ -311,10 +312,11 @@ def through_the_head(grad: Tensor, weight: Tensor, keep_ratio: float, out: Tenso
         linear(grad, weight.t(), out=out)
         return
     index, factors, p = drawn(largest, kept, seed=seed, draw=0)
-    q = grad.sum(0).neg_().clamp_(min=0).float() * (p < _CERTAIN)
+    own = grad.gather(1, targets[:, None])[:, 0].float()
+    q = grad.sum(0).float().neg_().index_add_(0, targets, own).clamp_(min=0) * (p < _CERTAIN)
     q = (q / q.sum().clamp(min=torch.finfo(torch.float32).tiny)).to(grad.dtype)
     some, total = columns_of(grad, index), grad.sum(1).float()  # `sum(dtype=float32)` would copy grad first
-    a = total - torch.mv(some, (p[index] >= _CERTAIN).to(some.dtype)).float()
+    a = total - torch.mv(some, (p[index] >= _CERTAIN).to(some.dtype)).float() - own * (p[targets] < _CERTAIN)
     some.addr_(a.to(some.dtype), q[index], alpha=-1).mul_(as_weights(factors, some.dtype))
     linear(some, weight.index_select(0, index).t(), out=out)
     left = total - some.sum(1, dtype=torch.float32)

@@ -52,5 +52,6 @@ def shares_of(weight: Tensor, tokens: int, shares: Sequence[float]) -> tuple[dic
     """Functions that compute this gradient for a chunk of the tokens, by share, and the size of the chunk."""
     size = chunk_size(tokens, len(weight))
     grad = torch.randn(size, len(weight), device=weight.device).to(weight.dtype)
-    out = grad.new_empty(size, weight.shape[1])
-    return {str(share): functools.partial(through_the_head, grad, weight, share, out, 0) for share in shares}, size
+    out, targets = grad.new_empty(size, weight.shape[1]), torch.zeros(size, dtype=torch.long, device=weight.device)
+    call = functools.partial(through_the_head, grad, weight, targets, out=out, seed=0)
+    return {str(share): functools.partial(call, share) for share in shares}, size

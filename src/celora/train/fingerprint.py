@@ -14,7 +14,7 @@ from pathlib import Path
 from celora.errors import CELoraError
 from celora.train.loading import gguf_of
 from celora.train.request.arguments import TrainRequest
-from celora.train.rows.data import local_files
+from celora.train.rows.places import local_files
 
 _BLOCK, _BLOCKS = 2**20, 256  # of a larger file, this many blocks are read, evenly spaced, ends included
 

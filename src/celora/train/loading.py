@@ -25,7 +25,8 @@ from celora.planning.plan import Plan
 from celora.train.int8_loading import complete, load_int8_model
 from celora.train.processes import is_first
 from celora.train.request.arguments import TrainRequest
-from celora.train.rows.data import load_rows, local_files
+from celora.train.rows.data import load_rows
+from celora.train.rows.places import local_files
 from celora.weights.read import shape_of
 
 

@@ -29,7 +29,7 @@ from celora.train.loading import (
 from celora.train.output.folder import CONFIG
 from celora.train.planning import make_plan, settled
 from celora.train.request.arguments import TrainRequest, sft_config
-from celora.train.rows.data import local_files
+from celora.train.rows.places import local_files
 from celora.train.trainer import build_trainer, check_tokens, refused
 
 # Plan, audit and estimate evaluate, save and send nothing, whatever a settings file written for training says.

@@ -26,7 +26,7 @@ from celora.train.progress import Phases
 from celora.train.request.arguments import TrainRequest
 from celora.train.rows.answers import AnswersOnly
 from celora.train.rows.data import has_turns
-from celora.train.rows.template import refused_row
+from celora.train.rows.template import check_text_is_rendered, refused_row
 from celora.train.rows.truncation import sequence_lengths
 from celora.train.wall_clock import WallClock
 
@@ -133,7 +133,9 @@ class Trainer(SafeSaving, AnswersOnly, SFTTrainer):  # type: ignore[misc]
             return bool(super()._determine_best_metric(*args, **kwargs)) or self.control.should_save
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, *rest: Any) -> Any:
-        """Like TRL's, but names the row that the chat template refuses."""
+        """Like TRL's, but names the row that the chat template refuses, and refuses a template without text."""
+        if has_turns(dataset):
+            check_text_is_rendered(processing_class)
         try:
             return super()._prepare_dataset(dataset, processing_class, *rest)
         except OSError:

@@ -11,6 +11,7 @@ Source: llama.cpp's `conversion/`, one file a family. The names come from the pa
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import gguf
@@ -70,6 +71,14 @@ class Layout:
         self.heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
         number = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}[self.architecture.name]
         self._names = gguf.get_tensor_name_map(number, config.num_hidden_layers)
+
+    def check_base(self, path: Path, architecture: Any) -> None:
+        """Raise CELoraError if a GGUF file of this `general.architecture` holds a model of another family."""
+        if architecture != self.architecture.name:
+            raise CELoraError(
+                f"{str(path)!r} holds a model of {architecture!r}, and the adapter was trained on one of "
+                f"{self.architecture.name!r}; give its own base model"
+            )
 
     def gguf_name(self, name: str) -> str | None:
         """The name in GGUF of a parameter (`model.layers.0.mlp.up_proj.weight`); None if there is none."""

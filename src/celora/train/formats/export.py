@@ -115,7 +115,8 @@ def export(
         else:
             from celora.train.formats.lora_gguf import write_lora
 
-            tensors = write_lora(new / ADAPTER, adapter, _config(request), name)
+            header = None if gguf is None else read_header(gguf)
+            tensors = write_lora(new / ADAPTER, adapter, _config(request), name, header)
         if to != "mlx":  # which Ollama cannot read
             (new / MODELFILE).write_text(_modelfile(request, to, merged, gguf), encoding="utf-8")
         note = {"celora": celora.__version__, "to": to, "merged": merged, "tensors": tensors}

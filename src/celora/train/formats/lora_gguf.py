@@ -7,6 +7,7 @@ layer whose scaling is another one has it in its B.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ import numpy as np
 
 from celora.errors import CELoraError
 from celora.train.formats.architectures import Layout
-from celora.train.formats.gguf_file import Written, check_written
-from celora.train.formats.saved_adapter import SavedAdapter
+from celora.train.formats.gguf_file import GGUFHeader, Written, check_written
+from celora.train.formats.saved_adapter import LowRank, SavedAdapter
 
 
 def lora_tensors(adapter: SavedAdapter, config: Any) -> tuple[float, dict[str, np.ndarray[Any, Any]]]:
@@ -54,14 +55,18 @@ def lora_tensors(adapter: SavedAdapter, config: Any) -> tuple[float, dict[str, n
     return alpha, found
 
 
-def write_lora(path: Path, adapter: SavedAdapter, config: Any, name: str) -> int:
-    """Write the file and read it back; gives the number of tensors that were compared.
+def write_lora(path: Path, adapter: SavedAdapter, config: Any, name: str, base: GGUFHeader | None = None) -> int:
+    """Write the file and read it back; gives the number of tensors that were compared. `base`: what it is used with.
 
     Raises:
-        CELoraError: as `lora_tensors`, or what was read is not what was written.
+        CELoraError: as `lora_tensors`, it does not fit `base`, or what was read is not what was written.
     """
     alpha, tensors = lora_tensors(adapter, config)
-    architecture = Layout(config).architecture.name
+    layout = Layout(config)
+    architecture = layout.architecture.name
+    if base is not None:
+        layout.check_base(base.path, base.architecture)
+        _check_shapes(base, {layout.gguf_name(f"{layer}.weight"): low for layer, low in adapter.layers.items()})
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_name(name)
@@ -83,3 +88,18 @@ def write_lora(path: Path, adapter: SavedAdapter, config: Any, name: str) -> int
     kind = gguf.GGMLQuantizationType.F32
     written = {name: Written.of(values.shape, kind, values) for name, values in tensors.items()}
     return check_written(path, stated, written)
+
+
+def _check_shapes(base: GGUFHeader, pairs: Mapping[str | None, LowRank]) -> None:
+    """Raise CELoraError if a tensor that a pair adds to is missing in the base model, or has another shape."""
+    whole = (base.fields.get(gguf.Keys.Split.LLM_KV_SPLIT_COUNT) or 1) == 1  # else it may be in another part
+    for name, low_rank in pairs.items():
+        tensor, expected = base.tensors.get(str(name)), (len(low_rank.B), low_rank.A.shape[1])
+        if tensor is None and not whole:
+            continue
+        if tensor is None or tensor.shape != (expected[::-1] if low_rank.embedding else expected):
+            found = "is not there" if tensor is None else f"is {' x '.join(map(str, tensor.shape))}"
+            raise CELoraError(
+                f"{str(base.path)!r} is another model: {name} {found}, and the adapter was trained on one of "
+                f"{' x '.join(map(str, expected))}; give its own base model"
+            )

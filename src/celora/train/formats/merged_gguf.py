@@ -47,11 +47,7 @@ def write_merged(path: Path, base: Path, adapter: SavedAdapter, config: Any, out
     reader = open_gguf(base)
     layout = Layout(config)
     architecture = field(reader, gguf.Keys.General.ARCHITECTURE)
-    if architecture != layout.architecture.name:
-        raise CELoraError(
-            f"{str(base)!r} holds a model of {architecture!r}, and the adapter was trained on one of "
-            f"{layout.architecture.name!r}; give its own base model"
-        )
+    layout.check_base(base, architecture)
     if (field(reader, _SPLIT) or 1) > 1:
         raise CELoraError(f"{str(base)!r} is one of several parts; join them with llama-gguf-split --merge")
     names = _names(reader, adapter, layout, config, base)

@@ -20,7 +20,7 @@ from celora.files import write_text
 from celora.train.output.folder import CARD, CARD_MARK, is_own
 from celora.train.output.picture import loss_picture
 from celora.train.rows.answers import Learnt
-from celora.train.rows.data import HUB_NAME
+from celora.train.rows.places import HUB_NAME
 
 PICTURE = "loss.svg"
 _DIGITS = 16  # of a fingerprint, on the card

@@ -199,7 +199,7 @@ def _before(messages: Messages, k: int, render: Render) -> str:
     # No template renders an empty conversation, so find the prompt in the conversation of this message alone.
     alone, more = render(messages[:1], False), render(messages[:1], True)
     prompt = more[_shared(alone, more) :]
-    return alone[: alone.index(prompt) + len(prompt)]
+    return alone[: alone.find(prompt)] + prompt  # no beginning of `alone` if the prompt is not in it
 
 
 def _shared(one: str, other: str) -> int:

@@ -1,4 +1,4 @@
-"""Loads rows of four shapes, from files, folders or the hub, in the form that TRL's SFTTrainer expects.
+"""Loads rows of four shapes, in the form that TRL's SFTTrainer expects.
 
 A bad row raises one line that says where it stands and what is wrong. `datasets` streams the rows into an Arrow file,
 so memory stays flat. The cache key has the size and times of every source file, so a changed file is read again. Code
@@ -7,7 +7,6 @@ that comes with a data set is never run.
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import hashlib
 import re
@@ -18,9 +17,9 @@ from typing import Any, TypeVar
 
 import datasets
 
-from celora.errors import CELoraError, first_line, unknown
-from celora.files import check_regular
+from celora.errors import CELoraError
 from celora.train.rows import readers
+from celora.train.rows.places import hub_rows, local_files
 from celora.train.rows.readers import READERS, fail
 
 SHAPES: dict[str, tuple[str, ...]] = {
@@ -30,11 +29,6 @@ SHAPES: dict[str, tuple[str, ...]] = {
     "text": ("text",),
 }
 ROLES = ("system", "developer", "user", "assistant", "tool")
-SPLITS = {  # split -> words that name it in file names, as in `datasets`
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test", "testing", "eval", "evaluation"),
-}
 # Keys that a chat template renders, too. celora keeps only role and content, so it refuses rows with these.
 _RENDERED = ("tool_calls", "function_call", "reasoning_content", "thinking")
 _NO_TOOLS = (
@@ -45,7 +39,6 @@ _NO_ANSWER = (
     "--assistant_only_loss false"
 )
 _COLUMNS = [*dict.fromkeys(column for columns in SHAPES.values() for column in columns), "input"]
-HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w.-]+)?")
 _KNOWN_SHAPES = f"a row has {', or '.join(SHAPES)}"
 Row = Mapping[str, Any]
 E = TypeVar("E", bound=BaseException)
@@ -89,7 +82,7 @@ def load_rows(
     if files and config is not None:
         raise CELoraError(f"dataset_config={config!r} is for hub data sets, and {str(source)!r} is here; leave it out.")
     stamps = [(str(f), s.st_size, s.st_mtime_ns, s.st_ctime_ns) for f in files for s in [f.stat()]]
-    hub = None if files else _hub(str(source), split, config)
+    hub = None if files else hub_rows(str(source), split, config)
     key = hashlib.sha256(repr((stamps, code_digest(__file__, readers.__file__))).encode()).hexdigest()
     try:
         return datasets.Dataset.from_generator(
@@ -174,15 +167,20 @@ def _shape(place: str, row: Any, prefer: str | None) -> str:
     """The name of the row's shape. If several fit, `prefer`, or else the first in `SHAPES`."""
     if not isinstance(row, dict):
         fail(place, f"a row is {reprlib.repr(row)}; expected an object with columns: {_KNOWN_SHAPES}")
-    present = {column for column, value in row.items() if value is not None}
-    fitting = [shape for shape, columns in SHAPES.items() if present.issuperset(columns)]
-    if not fitting:
+    found = fitting(row)
+    if not found:
         fail(place, _no_shape(row))
-    return prefer if prefer in fitting else fitting[0]
+    return prefer if prefer in found else found[0]
+
+
+def fitting(row: Row) -> list[str]:
+    """The names of the shapes that the row has all columns of."""
+    present = {column for column, value in row.items() if value is not None}
+    return [shape for shape, columns in SHAPES.items() if present.issuperset(columns)]
 
 
 def _example(place: str, row: Row, shape: str, chat: bool) -> dict[str, Any]:
-    if _holds(row.get("tools")) and shape in ("messages", "prompt + completion"):
+    if holds(row.get("tools")) and shape in ("messages", "prompt + completion"):
         fail(place, f"'tools' {_NO_TOOLS}")
     if shape == "messages":
         return {"messages": _learnable(place, "messages", row["messages"])}
@@ -276,7 +274,7 @@ def check_text(place: str, column: str, value: Any) -> str:
     return text
 
 
-def _holds(value: Any) -> bool:
+def holds(value: Any) -> bool:
     """Whether a value, possibly JSON as text, is not empty."""
     return bool(value) and not (isinstance(value, str) and value.strip() in ("", "[]", "{}", "null"))
 
@@ -292,7 +290,7 @@ def check_messages(place: str, column: str, value: Any) -> list[dict[str, str]]:
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
             keys = f"keys {', '.join(map(repr, message))}" if isinstance(message, dict) else reprlib.repr(message)
             fail(place, f"{label} has {keys}; {expected}")
-        if rendered := [key for key in _RENDERED if _holds(message.get(key))]:
+        if rendered := [key for key in _RENDERED if holds(message.get(key))]:
             fail(place, f"{label}.{rendered[0]} {_NO_TOOLS}")
         role = check_text(place, f"{label}.role", message["role"])
         if role not in ROLES:
@@ -303,94 +301,3 @@ def check_messages(place: str, column: str, value: Any) -> list[dict[str, str]]:
             content = check_text(place, f"{label}.content", content)
         messages.append({"role": role, "content": content})
     return messages
-
-
-# --- places ----------------------------------------------------------------------------------------------------------
-
-
-def local_files(source: str | Path, split: str) -> list[Path]:
-    """The files that `load_rows` reads. Empty if `source` can only be the name of a hub data set."""
-    path = Path(source).expanduser()
-    if "[" in split and path.exists():
-        raise CELoraError(f"{split!r} is a slice, which only the hub gives; write the rows you want into a file")
-    check_regular(path)
-    if path.is_dir():
-        try:
-            files = _in_folder(path, split)
-        except OSError as error:
-            fail(str(path), f"cannot be listed: {error.strerror}; check its permissions")
-    elif path.exists():
-        if path.suffix.lower() not in READERS:
-            raise unknown(f"file ending of {str(path)!r}:", path.suffix, READERS)
-        files = [path]
-    elif isinstance(source, str) and HUB_NAME.fullmatch(source) and path.suffix.lower() not in READERS:
-        return []
-    else:
-        raise CELoraError(f"no such data file or folder: {str(path)!r}.{_nearest(path)}")
-    for file in files:
-        try:
-            file.open("rb").close()
-        except OSError as error:
-            fail(str(file), f"cannot be opened: {error.strerror}; check the file and its permissions")
-    return files
-
-
-def _in_folder(folder: Path, split: str) -> list[Path]:
-    def named(file: Path, name: str, pattern: str = r"(.*[-_. \d])?{}([-_. \d].*)?") -> bool:
-        words = SPLITS.get(name, (name,))
-        return any(re.fullmatch(pattern.format(re.escape(word)), file.stem, re.IGNORECASE) for word in words)
-
-    saved = ({"state.json", "dataset_info.json"}, {"dataset_dict.json"})  # of one data set; of several
-    if any(all((folder / name).is_file() for name in names) for names in saved):
-        fail(str(folder), "written by save_to_disk, which celora does not read; write it again with to_parquet")
-    files = _files_in(folder)
-    if not files:
-        below = next((f"; {inner.name!r} in it does" for inner in sorted(folder.glob("*/")) if _files_in(inner)), "")
-        fail(str(folder), f"holds no data files, which end in {', '.join(READERS)}{below}")
-    # Names like train-00000 come first. If there are none, the word may be anywhere in the name.
-    chosen = [file for file in files if named(file, split, r"{}([-_.]\d.*)?")]
-    if not chosen:
-        chosen = [file for file in files if named(file, split)]
-        for file in chosen:
-            if len(splits := [name for name in SPLITS if named(file, name)]) > 1:
-                fail(str(file), f"its name says {' and '.join(map(repr, splits))}; rename it, so that it says one")
-    if not chosen and split == "train":
-        # Never train on a file that is named like a test set.
-        chosen = [file for file in files if not any(named(file, name) for name in SPLITS)]
-    if not chosen:
-        names = ", ".join(file.name for file in files[:5])
-        raise CELoraError(f"{str(folder)!r} has no {split!r} file among {names}; name one like {split}.jsonl.")
-    # In the hub's cache, files in snapshots/REVISION are links to the folder blobs beside snapshots.
-    here = folder.resolve()
-    roots = [here, *(parent.with_name("blobs") for parent in here.parents if parent.name == "snapshots")]
-    for file in chosen:
-        if not any(file.resolve().is_relative_to(root) for root in roots):
-            fail(str(file), "a link out of the data folder; give what it points to as data, or copy it into the folder")
-    return chosen
-
-
-def _files_in(folder: Path) -> list[Path]:
-    return sorted(
-        file
-        for file in folder.iterdir()
-        if file.suffix.lower() in READERS and not file.name.startswith(".") and file.is_file()
-    )
-
-
-def _nearest(path: Path) -> str:
-    if not path.parent.is_dir():
-        return f" The folder {str(path.parent)!r} does not exist either."
-    near: list[str] = []
-    with contextlib.suppress(OSError):
-        near = difflib.get_close_matches(path.name, [other.name for other in path.parent.iterdir()], n=1)
-    return f" Did you mean {str(path.parent / near[0])!r}?" if near else " Check the name."
-
-
-def _hub(name: str, split: str, config: str | None) -> datasets.Dataset:
-    try:
-        return datasets.load_dataset(name, name=config, split=split)
-    except Exception as error:  # whatever the hub client raises: network, unknown name, unknown split, ...
-        raise CELoraError(
-            f"{name!r} is no file or folder here, and as a hub data set it failed: {type(error).__name__}: "
-            f"{first_line(error)} -- if it is meant to be a file:{_nearest(Path(name))}"
-        ) from error

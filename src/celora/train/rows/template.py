@@ -1,9 +1,11 @@
-"""Finds the row that a chat template refuses. The template's own error does not say which row it is."""
+"""What is wrong with a chat template: the row that it refuses, or that it leaves out what messages say."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+from celora.errors import CELoraError
 
 
 def refused_row(
@@ -22,6 +24,23 @@ def refused_row(
         except Exception as error:  # jinja2's, or any that the template's own expressions raise
             return number, error
     return None
+
+
+def check_text_is_rendered(tokenizer: Any) -> None:
+    """Raise CELoraError if the chat template renders messages without their text.
+
+    One that is made for content as a list of parts does so, and refuses nothing.
+    """
+    probe = [{"role": "user", "content": "celora-asks"}, {"role": "assistant", "content": "celora-answers"}]
+    try:
+        rendered = tokenizer.apply_chat_template(probe, tokenize=False)
+    except Exception:  # about this conversation; those of the user get errors of their own
+        return
+    if not all(message["content"] in rendered for message in probe):
+        raise CELoraError(
+            "the chat template leaves out what messages say, as one made for lists of parts does; write another, for "
+            "text, into the tokenizer's chat_template.jinja"
+        )
 
 
 def _conversations(row: Mapping[str, Any]) -> list[tuple[list[Any], bool]]:

@@ -19,6 +19,7 @@ from transformers import TextStreamer, set_seed
 
 from celora.errors import CELoraError
 from celora.train.rows.data import Instruction
+from celora.train.rows.template import check_text_is_rendered
 from celora.train.use.trained import Trained
 
 Prompt = str | list[dict[str, str]]
@@ -59,7 +60,7 @@ class Conversation:
     turns: list[dict[str, str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if self.system and not self.has_turns:
+        if self.system is not None and not self.has_turns:
             raise CELoraError(
                 "--system needs the chat template, and prompts come without it here; leave it out, or add --template"
             )
@@ -83,7 +84,8 @@ class Conversation:
 
         asked: Prompt = prompt
         if self.has_turns:
-            before = self.turns or ([{"role": "system", "content": self.system}] if self.system else [])
+            system = [] if self.system is None else [{"role": "system", "content": self.system}]
+            before = self.turns or system
             asked = [*before, {"role": "user", "content": prompt}]
         tokens = encode(self.trained.tokenizer, asked, raw=self.trained.raw)
         interrupted: KeyboardInterrupt | None = None
@@ -144,17 +146,25 @@ def encode(tokenizer: Any, prompt: Prompt, *, raw: bool = False) -> list[int]:
     if tokenizer.chat_template and not raw and isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     if isinstance(prompt, str):
-        found = tokenizer(prompt.as_text() if isinstance(prompt, Instruction) else prompt)
+        tokens = _begun(tokenizer, prompt.as_text() if isinstance(prompt, Instruction) else prompt)
     elif not tokenizer.chat_template:
         raise CELoraError("the tokenizer has no chat template, so it takes no conversations; give a prompt as text")
     else:
         try:
-            found = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)
+            tokens = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
         except Exception as error:  # jinja2's, or any that the template's own expressions raise
             raise CELoraError(f"the chat template refuses this conversation: {error}") from error
-    if not found["input_ids"]:
+        check_text_is_rendered(tokenizer)
+    if not tokens:
         raise CELoraError("the prompt holds no tokens; give some text")
-    return list(found["input_ids"])
+    return list(tokens)
+
+
+def _begun(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of a text that goes on: with what the tokenizer puts before it, without an end."""
+    whole, own = list(tokenizer(text)["input_ids"]), list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    first = next((at for at in range(len(whole)) if whole[at : at + len(own)] == own), len(whole) - len(own))
+    return whole[: first + len(own)]
 
 
 def generate(

@@ -15,7 +15,8 @@ from typing import Any
 
 from celora.errors import CELoraError
 from celora.files import json_lines, write_text
-from celora.train.rows.data import check_messages, check_text, instruction, local_files
+from celora.train.rows.data import SHAPES, check_messages, check_text, fitting, holds, instruction
+from celora.train.rows.places import local_files
 from celora.train.rows.readers import READERS, fail
 from celora.train.use.generation import Prompt, Sampling, answers, check_length
 from celora.train.use.trained import Trained
@@ -30,43 +31,58 @@ def prompt_files(source: Path) -> list[Path]:
     return local_files(source, "test" if source.expanduser().is_dir() else "train")
 
 
-def load_prompts(source: Path, *, limit: int | None = None) -> list[tuple[dict[str, Any], Prompt]]:
+def load_prompts(
+    source: Path, *, limit: int | None = None, text_field: str | None = None
+) -> list[tuple[dict[str, Any], Prompt]]:
     """The rows of a file or folder, and the prompt of each row.
 
     Rows of training data work unchanged: the answer in them is left out of the prompt. The prompt is the messages
-    without the assistant's last ones, or the columns `prompt`, `instruction` and `input`, or `text`.
+    without the assistant's last ones, or the columns `prompt`, `instruction` and `input`, or `text`. Of several, it is
+    what training would take. `text_field`: the column that a run was trained on as `text`.
 
     Raises:
         CELoraError: the file cannot be read, or a row has no prompt. The message names file and line.
     """
     placed = (pair for file in prompt_files(source) for pair in READERS[file.suffix.lower()](file))
-    found = [(row, asked_in(place, row)) for place, row in islice(placed, limit)]
+    found = [(row, asked_in(place, row, text_field)) for place, row in islice(placed, limit)]
     if not found:
         raise CELoraError(f"{str(source)!r}: no rows; {_EXPECTED}")
     return found
 
 
-def asked_in(place: str, row: Any) -> Prompt:
-    """The prompt of a row."""
+def asked_in(place: str, row: Any, text_field: str | None = None) -> Prompt:
+    """The prompt of a row; see `load_prompts`."""
     if not isinstance(row, dict):
         fail(place, f"no object; {_EXPECTED}")
     if taken := {GENERATED, BY_BASE} & row.keys():
         fail(place, f"the column {min(taken)!r} is where the answer goes; rename it")
-    if row.get("messages") is not None:
+    column = _asking_column(row, text_field)
+    if holds(row.get("tools")) and isinstance(row.get(column), list):
+        fail(place, "'tools' are not shown to the model here, so it could not call them; leave such rows out")
+    if column == "messages":
         messages = check_messages(place, "messages", row["messages"])
         while messages and messages[-1]["role"] == "assistant":
             messages.pop()
         if not messages:
             fail(place, "no message asks anything: all are the assistant's")
         return messages
-    if row.get("prompt") is not None:
+    if column == "prompt":
         check: Callable[[str, str, Any], Prompt] = check_messages if isinstance(row["prompt"], list) else check_text
         return check(place, "prompt", row["prompt"])
-    if row.get("instruction") is not None:
+    if column == "instruction":
         return instruction(place, row)
-    if row.get("text") is None:
+    if column is None:
         fail(place, f"columns {', '.join(map(repr, row)) or '(none)'}; {_EXPECTED}")
-    return check_text(place, "text", row["text"])
+    return check_text(place, column, row[column])
+
+
+def _asking_column(row: dict[str, Any], text_field: str | None) -> str | None:
+    """The column that asks: of a shape that training takes, else any that is there. `text` asks if no other does."""
+    if text_field in row:
+        return text_field
+    asking = {shape: columns[0] for shape, columns in SHAPES.items()}
+    whole = [asking[shape] for shape in fitting(row) if shape != "text"]
+    return next((column for column in [*whole, *asking.values()] if row.get(column) is not None), None)
 
 
 def answered_rows(output: Path, rows: Sequence[dict[str, Any]], *, base: bool) -> list[dict[str, Any]]:

@@ -88,6 +88,12 @@ def unfinished(folder: Path) -> str:
     )
 
 
+def text_field_of(folder: Path) -> str | None:
+    """The column that the run in `folder` read as `text`; None for `text` of rows that nothing else fits."""
+    given = (_record(folder) or {}).get("given", {})
+    return make_request(given).train.get("dataset_text_field") if given else None
+
+
 def _record(folder: Path) -> dict[str, Any] | None:
     """The run.json of the run that trained the adapter in `folder`, or None."""
     folder = folder.resolve()
