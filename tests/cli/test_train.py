@@ -17,6 +17,7 @@ from celora.cli.main import main
 from celora.train import trainer as run
 from celora.train import wall_clock
 from celora.train.progress import read_metrics
+from celora.train.request.arguments import parse
 from patching import patch_all
 from tiny import WORDS, save_rows, save_tiny_model
 from trl_fields import TRL_SFT
@@ -41,11 +42,14 @@ def test_a_4_bit_base_is_estimated_and_trained(inputs, tmp_path):
     assert losses[-1] < losses[0]
 
 
-def test_the_next_command_has_the_same_base(inputs, capsys, tmp_path):
+def test_the_next_command_has_the_same_base_and_reads_the_same(inputs, capsys, tmp_path):
     _, model, rows = inputs
     own = ["--model", str(model), "--data", str(rows), "--output", str(tmp_path / "out"), "--max_steps", "1"]
-    assert main(["train", *own, "--base", "int8", "--preset", "exact"]) == 0
-    assert f"Next:    celora compare --model {model} --data {rows} --base int8 " in capsys.readouterr().out
+    reading = ["--assistant_only_loss", "False", "--max_length", "40"]
+    assert main(["train", *own, "--base", "int8", "--preset", "exact", *reading]) == 0
+    command = f"Next:    celora compare --model {model} --data {rows} --base int8 {' '.join(reading)} --output "
+    assert command in capsys.readouterr().out
+    assert parse([*reading, "--output", "out"], {"model": str(model), "data": str(rows)}).train["max_length"] == 40
 
 
 def test_the_last_lines_have_the_evaluation_and_quiet_is_for_one_command(inputs, capsys, tmp_path):

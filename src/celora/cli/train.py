@@ -33,6 +33,11 @@ the YAML file (--bf16 false, --per-device-train-batch-size 4). --help-all lists 
 TRL's and why."""
 
 
+# Arguments without which another command would read other rows, or make other tokens of them.
+_READING = ("chat_template_path", "assistant_only_loss", "completion_only_loss", "max_length", "eos_token", "pad_token")
+_READING += ("model_revision", "packing", "packing_strategy", "truncation_mode")
+
+
 @app.command(help=TRAIN_HELP, short_help="Fine-tune a model on your rows.", context_settings=TRLS)
 def train(
     context: typer.Context,
@@ -97,6 +102,11 @@ def _ending(request: Any, result: Any) -> str:
         shown += f" (on the original base {on_base:.4f})"
     inputs = f"--model {quoted(request.model)} --data {quoted(request.data)}"
     inputs += f" --base {request.options.base}" if request.options.base else ""
+    inputs += "".join(
+        f" --{name} {quoted(str(value))}"
+        for name, value in request.given.items()
+        if (name in _READING or name.startswith("dataset_")) and isinstance(value, str | int)
+    )
     if result.summary.get("estimated_cost", 1.0) < 1:
         then = f"celora audit {inputs} --adapter {quoted(output)}   # how much of the gradient the estimate keeps"
     else:
