@@ -225,7 +225,8 @@ def _not_worse(interval: _Interval, margin: float) -> str:
 def elsewhere(arm: dict[int, dict[str, Any]], other: dict[int, dict[str, Any]]) -> str:
     """What is said beside a difference of arms with seeds that were trained on different CPUs."""
     apart = {seed: rows.machine(arm[seed]) != rows.machine(other[seed]) for seed in arm.keys() & other.keys()}
-    some = "" if all(apart.values()) else f"{sum(apart.values())} seeds "
+    count = sum(apart.values())
+    some = "" if all(apart.values()) else f"{count} seed{'s' if count > 1 else ''} "
     return f", {some}on another CPU" if any(apart.values()) else ""
 
 
