@@ -154,6 +154,18 @@ def test_a_file_of_prompts_is_answered(finished, inputs, capsys, tmp_path):
     assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == rows
 
 
+def test_rows_of_text_are_asked_by_the_column_of_the_run(inputs, capsys, tmp_path):
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "out"
+    rows.write_text(json.dumps({"body": "w1 w2 w3", "id": 7}) + "\n")
+    own = ["--model", inputs["model"], "--data", rows, "--dataset_text_field", "body"]
+    assert run("train", *own, "--output", out, "--max_steps", "1", "--preset", "exact", "-q") == 0
+    capsys.readouterr()
+    assert run("generate", out, "--data", rows, "-q", *SHORT) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert (row["body"], row["id"]) == ("w1 w2 w3", 7)
+    assert "generated" in row
+
+
 def test_files_below_the_home_are_found(finished, inputs, capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))

@@ -198,6 +198,7 @@ def test_targets_of_all_blocks_are_estimated(ask):
     [
         (["--output", "x"], "--output is not for celora estimate, which writes nothing"),
         (["--fidelity", "0.9"], "--fidelity is not for celora estimate, which makes no plan"),
+        (["--eval_data", "gone.jsonl"], "--eval_data is not for celora estimate, which looks at training alone"),
         (["--memory", "much"], "expected a size with its unit, like 8GiB"),
         (["--load_in_4bit"], "are not estimated; leave out --load_in_4bit"),
     ],

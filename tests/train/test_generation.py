@@ -160,6 +160,7 @@ def test_a_prompt_that_is_continued_has_no_end(trained):
     )
     assert tokenizer("w1 w2")["input_ids"] == [start, *plain, end]
     assert encode(tokenizer, "w1 w2", raw=True) == [start, *plain]
+    assert encode(tokenizer, "", raw=True) == [start, end]  # nothing tells which of them begins a text
 
 
 def test_an_empty_system_message_switches_off_the_template_s_own(trained, monkeypatch):

@@ -54,16 +54,17 @@ def test_a_row_of_any_shape_asks_what_training_would_ask(load, tmp_path):
     assert texts == [without_template["prompt"]] == ["w1\n\nw2\n\n"]
 
 
-def test_of_several_columns_that_ask_training_s_is_taken(tmp_path):
+def test_of_several_columns_the_one_with_its_answer_asks(tmp_path):
     rows = [
         {"prompt": "w1", "instruction": "w2", "output": "w3"},
         {"prompt": "w1", "text": "w2"},
         {"prompt": "w1", "body": "w2"},
         {"text": "w1", "instruction": "w2"},
+        {"instruction": "w1", "output": "w3", "body": "w2"},
     ]
     path = write(tmp_path / "rows.jsonl", rows)
-    assert [prompt for _, prompt in load_prompts(path)] == ["w2", "w1", "w1", "w2"]
-    assert load_prompts(path, text_field="body")[2][1] == "w2"
+    assert [prompt for _, prompt in load_prompts(path)] == ["w2", "w1", "w1", "w2", "w1"]
+    assert [prompt for _, prompt in load_prompts(path, text_field="body")] == ["w2", "w1", "w2", "w2", "w1"]
 
 
 @pytest.mark.parametrize(

@@ -108,9 +108,24 @@ def test_a_template_without_text_is_refused(rows_of, inputs, tmp_path):
     with pytest.raises(CELoraError, match=r"^the chat template leaves out what messages say"):
         go({**inputs, "data": data}, tmp_path / "out", chat_template_path=str(tmp_path / "parts.jinja"))
     tokenizer = AutoTokenizer.from_pretrained(inputs["model"])
-    check_text_is_rendered(tokenizer)
     tokenizer.chat_template = OF_PARTS
     with pytest.raises(CELoraError, match=r"^the chat template leaves out what messages say"):
         encode(tokenizer, "w1 w2")
-    tokenizer.chat_template = "{{ raise_exception('not this one') }}"
-    check_text_is_rendered(tokenizer)  # the rows of the user decide about it
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        TEMPLATE,
+        TEMPLATE.replace("m['content']", "m['content'] | upper | replace('W', 'w ')"),
+        "{% for m in messages %}{% if m['role'] == 'user' %}Q: {{ m['content'] }}{% endif %}{% endfor %}A:",
+        "{{ raise_exception('not this one') }}",
+    ],
+)
+def test_a_template_that_renders_some_text_is_taken(template, inputs):
+    tokenizer = AutoTokenizer.from_pretrained(inputs["model"])
+    tokenizer.chat_template = template
+    check_text_is_rendered({"messages": [USER, ASSISTANT]}, tokenizer)
+    check_text_is_rendered({"prompt": [USER], "completion": [ASSISTANT]}, tokenizer)
+    tokenizer.chat_template = OF_PARTS
+    check_text_is_rendered({"messages": [{"role": "user", "content": "?!"}]}, tokenizer)

@@ -34,8 +34,8 @@ TRL's and why."""
 
 
 # Arguments without which another command would read other rows, or make other tokens of them.
-_READING = ("chat_template_path", "assistant_only_loss", "completion_only_loss", "max_length", "eos_token", "pad_token")
-_READING += ("model_revision", "packing", "packing_strategy", "truncation_mode")
+_READING = frozenset({"assistant_only_loss", "chat_template_path", "completion_only_loss", "eos_token", "max_length"})
+_READING |= {"model_revision", "packing", "packing_strategy", "pad_token", "truncation_mode"}
 
 
 @app.command(help=TRAIN_HELP, short_help="Fine-tune a model on your rows.", context_settings=TRLS)

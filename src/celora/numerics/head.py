@@ -19,8 +19,8 @@ adds up to zero, so the mean w may be subtracted from W's rows:
     G W = G_C W_C + a w + D (W - 1 w)  ~=  G_C W_C + a w + sum_{j drawn} (D_j / p_j) (W_j - w),
 
 with C the certain words, `a = sum_{j not in C} G_j`, `q_j = max(0, -sum_t G_tj)` outside C, normalised, `w = q W` and
-`D = G - a q`. The estimate is unbiased, whatever a is in D. There it leaves out a token's own target: if that were
-not certain, the row would add up to zero, and nothing would be subtracted from its other words.
+`D = G - a q`. The estimate is unbiased, whatever a and q are in D. There a leaves out a token's own target, and q the
+tokens whose target is j: if targets were not certain, rows would add up to zero, and nothing would be subtracted.
 """
 
 from __future__ import annotations

@@ -135,7 +135,7 @@ class Trainer(SafeSaving, AnswersOnly, SFTTrainer):  # type: ignore[misc]
     def _prepare_dataset(self, dataset: Any, processing_class: Any, *rest: Any) -> Any:
         """Like TRL's, but names the row that the chat template refuses, and refuses a template without text."""
         if has_turns(dataset):
-            check_text_is_rendered(processing_class)
+            check_text_is_rendered(dataset[0], processing_class)
         try:
             return super()._prepare_dataset(dataset, processing_class, *rest)
         except OSError:

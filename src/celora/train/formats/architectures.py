@@ -75,8 +75,9 @@ class Layout:
     def check_base(self, path: Path, architecture: Any) -> None:
         """Raise CELoraError if a GGUF file of this `general.architecture` holds a model of another family."""
         if architecture != self.architecture.name:
+            kind = f"a model of {architecture!r}" if architecture else "no whole model"
             raise CELoraError(
-                f"{str(path)!r} holds a model of {architecture!r}, and the adapter was trained on one of "
+                f"{str(path)!r} holds {kind}, and the adapter was trained on one of "
                 f"{self.architecture.name!r}; give its own base model"
             )
 

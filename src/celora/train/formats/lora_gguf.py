@@ -97,7 +97,7 @@ def _check_shapes(base: GGUFHeader, pairs: Mapping[str | None, LowRank]) -> None
         tensor, expected = base.tensors.get(str(name)), (len(low_rank.B), low_rank.A.shape[1])
         if tensor is None and not whole:
             continue
-        if tensor is None or tensor.shape != (expected[::-1] if low_rank.embedding else expected):
+        if tensor is None or tensor.shape != expected:
             found = "is not there" if tensor is None else f"is {' x '.join(map(str, tensor.shape))}"
             raise CELoraError(
                 f"{str(base.path)!r} is another model: {name} {found}, and the adapter was trained on one of "

@@ -154,7 +154,7 @@ def encode(tokenizer: Any, prompt: Prompt, *, raw: bool = False) -> list[int]:
             tokens = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
         except Exception as error:  # jinja2's, or any that the template's own expressions raise
             raise CELoraError(f"the chat template refuses this conversation: {error}") from error
-        check_text_is_rendered(tokenizer)
+        check_text_is_rendered({"messages": prompt}, tokenizer)
     if not tokens:
         raise CELoraError("the prompt holds no tokens; give some text")
     return list(tokens)
@@ -164,7 +164,7 @@ def _begun(tokenizer: Any, text: str) -> list[int]:
     """The tokens of a text that goes on: with what the tokenizer puts before it, without an end."""
     whole, own = list(tokenizer(text)["input_ids"]), list(tokenizer(text, add_special_tokens=False)["input_ids"])
     first = next((at for at in range(len(whole)) if whole[at : at + len(own)] == own), len(whole) - len(own))
-    return whole[: first + len(own)]
+    return whole[: first + len(own)] if own else whole
 
 
 def generate(

@@ -37,8 +37,8 @@ def load_prompts(
     """The rows of a file or folder, and the prompt of each row.
 
     Rows of training data work unchanged: the answer in them is left out of the prompt. The prompt is the messages
-    without the assistant's last ones, or the columns `prompt`, `instruction` and `input`, or `text`. Of several, it is
-    what training would take. `text_field`: the column that a run was trained on as `text`.
+    without the assistant's last ones, or the columns `prompt`, `instruction` and `input`, or `text`. Of several, one
+    with its answer beside it comes first, then `text_field`: the column that a run was trained on as `text`.
 
     Raises:
         CELoraError: the file cannot be read, or a row has no prompt. The message names file and line.
@@ -77,12 +77,11 @@ def asked_in(place: str, row: Any, text_field: str | None = None) -> Prompt:
 
 
 def _asking_column(row: dict[str, Any], text_field: str | None) -> str | None:
-    """The column that asks: of a shape that training takes, else any that is there. `text` asks if no other does."""
-    if text_field in row:
-        return text_field
+    """The column that asks: one with its answer, the run's own text, or any that is there, in the order of `SHAPES`."""
     asking = {shape: columns[0] for shape, columns in SHAPES.items()}
     whole = [asking[shape] for shape in fitting(row) if shape != "text"]
-    return next((column for column in [*whole, *asking.values()] if row.get(column) is not None), None)
+    order = [*whole, *filter(None, [text_field]), *asking.values()]
+    return next((column for column in order if row.get(column) is not None), None)
 
 
 def answered_rows(output: Path, rows: Sequence[dict[str, Any]], *, base: bool) -> list[dict[str, Any]]:
