@@ -110,6 +110,7 @@ def _nearest(path: Path) -> str:
 
 
 def hub_rows(name: str, split: str, config: str | None) -> datasets.Dataset:
+    """A split of a hub data set. The error says what else the name could have meant here."""
     try:
         return datasets.load_dataset(name, name=config, split=split)
     except Exception as error:  # whatever the hub client raises: network, unknown name, unknown split, ...
