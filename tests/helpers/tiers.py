@@ -16,10 +16,11 @@ TIERS = [] if LIBRARY is None else offered(LIBRARY)
 
 
 def use_tier(patch: pytest.MonkeyPatch, tier: str) -> Kernels:
-    """Compute with the kernels of this tier from now on."""
+    """Compute with the kernels of this tier from now on, as on a CPU that has nothing newer."""
     assert LIBRARY is not None
     kernels = Kernels(LIBRARY, tier)
     patch_all(patch, "celora.kernels.c.library:library", lambda: kernels)
+    patch_all(patch, "celora.machine.cpu:matrix_instructions", lambda: tier == "amx")
     return kernels
 
 

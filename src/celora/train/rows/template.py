@@ -37,8 +37,8 @@ def check_text_is_rendered(row: Mapping[str, Any], tokenizer: Any) -> None:
         rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
     except Exception:  # `refused_row` names the row
         return
-    said = [letters for message in messages if (letters := _letters(message["content"]))]
-    if said and not any(letters in _letters(rendered) for letters in said):
+    said, written = [_letters(message["content"]) for message in messages], _letters(rendered)
+    if any(said) and not any(letters and letters in written for letters in said):
         raise CELoraError(
             "the chat template leaves out what messages say, as one made for lists of parts does; write another, for "
             "text, into the tokenizer's chat_template.jinja"

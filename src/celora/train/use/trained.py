@@ -90,8 +90,8 @@ def unfinished(folder: Path) -> str:
 
 def text_field_of(folder: Path) -> str | None:
     """The column that the run in `folder` read as `text`; None for `text` of rows that nothing else fits."""
-    given = (_record(folder) or {}).get("given", {})
-    return make_request(given).train.get("dataset_text_field") if given else None
+    record = _record(folder)
+    return None if record is None else make_request(record["given"]).train.get("dataset_text_field")
 
 
 def _record(folder: Path) -> dict[str, Any] | None:
