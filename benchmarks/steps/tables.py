@@ -10,6 +10,7 @@ from typing import Any
 
 from benchmarks import rows
 from benchmarks.steps import gpu
+from benchmarks.steps.dtypes import DTYPES
 from benchmarks.steps.fast import SHAPES
 from benchmarks.steps.step import SWEPT
 from celora.studies.cells import told
@@ -83,6 +84,18 @@ def _over_peft(found: list[dict[str, Any]]) -> str:
         + f"\n\nRatios of medians in one run, float32 adapters (r = 16 on all linear layers), {rows.where(found[0])}. "
         + told(row["model"] for row in found)
     )
+
+
+def step_dtypes() -> str:
+    """Speed-up over PEFT in float32, of steps in float32 and in bfloat16 on a CPU that does not multiply bfloat16."""
+    found = rows.read(HERE / "dtypes.jsonl")
+    body = []
+    for key in dict.fromkeys((row["model"], row["data"]) for row in found):
+        by_arm = {(row["arm"], row["dtype"]): row for row in found if (row["model"], row["data"]) == key}
+        speed = [f"{by_arm[arm, dtype]['speed_up']:.2f}" for arm in _WITHOUT_PLAN for dtype in DTYPES]
+        body.append([*key, f"{by_arm['PEFT', 'float32']['time_ms']:.0f} ms", *speed])
+    header = ["model", "data", "PEFT, float32", *(f"{arm}, {dtype}" for arm in _WITHOUT_PLAN for dtype in DTYPES)]
+    return rows.markdown(header, body) + f"\n\nRatios of medians in one run, {rows.where(found[0])}."
 
 
 def adapter() -> str:
@@ -308,6 +321,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "step_avx2": functools.partial(step_fast, isa="AVX2"),
     "step_avxvnni": functools.partial(step_fast, isa="AVX2_VNNI"),
     "adapter": adapter,
+    "step_dtypes": step_dtypes,
     "step_parts": step_parts,
     "step_sweep_amx": step_sweep_amx,
     "compiled": compiled,

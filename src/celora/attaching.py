@@ -20,7 +20,7 @@ from celora.errors import CELoraError
 from celora.machine.processes import gathers, made_by_first, same_in_all
 from celora.modeling.assign import choose_estimator, last_block
 from celora.modeling.eight_bit import EightBitForward
-from celora.modeling.float_forward import FloatForward, weight_for
+from celora.modeling.float_forward import FloatForward, weight_for, without_adapter
 from celora.modeling.fused import FusedGraft
 from celora.modeling.graft import LayerGraft
 from celora.modeling.hooks import remove
@@ -92,6 +92,9 @@ def attach(
             _graft_layer(found.layers[name], estimator, attachment)
         for module, kind in known.items():
             kind(attachment.switch).under(module)
+        if (config.fused or attachment.grafts) and not may_be_copied():
+            for module in without_adapter(model):
+                FloatForward(attachment.switch).under(module)
         if config.labelled_head and found.language_model is not None:
             attachment.forward = install(found.language_model, attachment.switch, config)
             if attachment.forward.eight_bit is not None:
@@ -210,7 +213,7 @@ def _graft_layer(layer: AdaptedLayer, estimator: Estimator | None, attachment: A
     graft.under(layer.base)
     in_8_bits = estimator is not None and estimator.settings.forward != "exact"
     if not in_8_bits and layer.takes_forward and weight_for(layer.base) is not None and not may_be_copied():
-        FloatForward(graft).under(layer.base)
+        FloatForward(attachment.switch, graft).under(layer.base)
     if estimator is None:
         graft.mode = Mode.EXACT
         return

@@ -200,7 +200,7 @@ def test_the_input_in_8_bits_can_be_multiplied_from_the_left(dtype: torch.dtype,
     q, row = reference.quantise(x.double() * u, 1, paired=paired())
     expected = p.double().T @ (q * row / u * (1 if mask is None else mask))
     found = rows.transposed_product(p, mask)
-    sums = torch.float32 if choose("transposed_product", p).name == "c" else dtype
+    sums = dtype if choose("transposed_product", p).name == "torch" else torch.float32
     assert (rows.q.shape, rows.q.dtype, found.dtype) == (x.shape, torch.int8, sums)
     assert (found.double() - expected).norm() <= tolerance(dtype) * expected.norm()
 

@@ -78,7 +78,7 @@ def has() -> set[str]:
             {"avx2", "avx512", "vnni", "avx512_bf16", "avx_vnni", "amx_tile"},
         ),
         (HIDDEN, "AMD EPYC, family 26, model 2", {"avx2", "avx_vnni"}),
-        (GRAVITON, "riscv64 0x41 0xd40", {"neon", "dotprod", "sve", "i8mm", "arm_bf16"}),
+        (GRAVITON, "riscv64 0x41 0xd40", {"neon", "dotprod", "sve", "i8mm", "arm_fp16", "arm_bf16"}),
         ("", "riscv64", set()),
     ],
     ids=["x86 without AVX-512", "x86 with AMX", "x86 in a cloud that hides the model", "ARM", "another"],
@@ -153,6 +153,33 @@ def test_an_old_linux_forbids_tiles(answer: bool, monkeypatch: pytest.MonkeyPatc
     for system in ("Linux", "Windows"):
         monkeypatch.setattr(cpu.platform, "system", lambda system=system: system)
         assert cpu._tiles_are_permitted() is (answer or system == "Windows")
+
+
+@pytest.mark.parametrize(
+    ("flags", "limit", "bfloat16", "float16"),
+    [
+        ("avx2 avx_vnni", "", False, False),
+        ("avx512f avx512_vnni", "", False, False),
+        ("avx512f avx512_bf16", "", True, False),
+        ("avx512f avx512_bf16 avx512_fp16 amx_tile", "", True, True),
+        ("avx512f avx512_bf16 avx512_fp16 amx_tile", "DEFAULT", True, True),
+        ("avx512f avx512_bf16 avx512_fp16 amx_tile", "avx512_core_amx", True, True),
+        ("avx512f avx512_bf16 avx512_fp16 amx_tile", "AVX512_CORE_FP16", True, True),
+        ("avx512f avx512_bf16 avx512_fp16 amx_tile", "AVX512_CORE_BF16", True, False),
+        ("avx512f avx512_bf16 avx512_fp16 amx_tile", "AVX512_CORE_VNNI", False, False),
+        ("avx512f avx512_bf16 avx512_fp16 amx_tile", "AVX2", False, False),
+        ("asimd asimddp", "", False, False),
+        ("asimd asimddp fphp asimdhp", "", False, True),
+        ("asimd asimddp fphp asimdhp i8mm bf16", "", True, True),
+    ],
+)
+def test_which_dtypes_a_cpu_multiplies(
+    flags: str, limit: str, bfloat16: bool, float16: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    (tmp_path / "cpuinfo").write_text(f"flags\t\t: {flags}\n")
+    assert cpu.multiplies.__wrapped__(torch.bfloat16) is bfloat16
+    assert cpu.multiplies.__wrapped__(torch.float16) is float16
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import celora
 from celora import CELoraConfig
+from celora.kernels import widened
 from celora.numerics import head
 from celora.runtime.attachment import require
 from labelled import compare, gradient, masked_batch
@@ -65,8 +66,9 @@ class Largest(TorchDispatchMode):
         return made
 
 
-def test_nothing_as_large_as_the_head_is_made_of_it() -> None:
+def test_nothing_as_large_as_the_head_is_made_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """This holds for the first call, too, in which celora compares itself with the model's own logits in float32."""
+    monkeypatch.setattr(widened, "_NUMBERS", 2**20)  # a part of this small head, too
     config = LlamaConfig(
         hidden_size=256, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=20_000
     )

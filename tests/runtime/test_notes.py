@@ -29,6 +29,7 @@ def test_refreshes_measure_only_what_is_estimated() -> None:
 @pytest.mark.parametrize("emulated", [False, True])
 def test_advice_where_the_users_own_settings_cost_time(emulated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     patch_all(monkeypatch, "celora.machine.timing:slower_than_float32", lambda dtype, device: emulated)
+    patch_all(monkeypatch, "celora.machine.cpu:multiplies", lambda dtype: True)
     plain = celora.attach(make_model(), "paper").notes
     unfused = dataclasses.replace(PRESETS["paper"], fused=False)
     model = make_model(dtype=torch.bfloat16, lora_dropout=0.1)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from celora.kernels import floats, onednn, plain
+from celora.kernels import floats, onednn, plain, widened
 from celora.kernels.backends import Backend, available, choose, define
 from celora.kernels.c import attention as c_attention
 from celora.kernels.c import both as c_both
@@ -71,17 +71,24 @@ define("rms_norm_backward", Backend("c", c_rows.rms_norm_backward, c.supported))
 define("gated", Backend("c", c_rows.gated, c.supported))
 define("gated_backward", Backend("c", c_rows.gated_backward, c.supported))
 define("rotate", Backend("c", c_rows.rotate, c.supported))
-define("linear", Backend("onednn", onednn.linear, onednn.takes_floats), Backend("torch", plain.linear))
+define(
+    "linear",
+    Backend("onednn", onednn.linear, onednn.takes_floats),
+    Backend("float32", widened.linear, widened.takes),
+    Backend("torch", plain.linear),
+)
 define(
     "skinny_product",
     Backend("c", c_low_rank.skinny_product, c_low_rank.takes),
     Backend("onednn", onednn.skinny_product, onednn.takes_floats),
+    Backend("float32", widened.skinny_product, widened.takes),
     Backend("torch", plain.skinny_product),
 )
 define(
     "transposed_product",
     Backend("c", c_low_rank.transposed_product, c_low_rank.takes),
     Backend("onednn", onednn.transposed_product, onednn.takes_floats),
+    Backend("float32", widened.transposed_product, widened.takes),
     Backend("torch", plain.transposed_product),
 )
 define("attention", Backend("c", c_attention.attention, c_attention.takes), by_device=True)

@@ -47,10 +47,11 @@ class EightBitForward(FloatForward):
     """
 
     name = "frozen forwards in 8 bits"
+    graft: LayerGraft
     _under: tuple[Any, ...] = ()  # what the latest call was made under
 
     def __init__(self, graft: LayerGraft) -> None:
-        super().__init__(graft)
+        super().__init__(graft.switch, graft)
         self.exact = False
         self._tuner: Callable[[], Any] = nothing
 

@@ -1,36 +1,46 @@
-"""The forward of a frozen float32 layer, `y = x W^T + b`, where another library than torch's own multiplies faster.
+"""The forward of a frozen layer, `y = x W^T + b`, where another product than torch's own is faster in its dtype.
 
-In: the layer's input, (..., in) float32. Out: its output, (..., out) float32, the layer's own to rounding. Only while
-the layer trains: what it gives in evaluation and generation has the bits that it has without celora.
+In: the layer's input, (..., in). Out: its output, (..., out), of the same dtype, the layer's own to rounding. In
+evaluation and generation a float32 layer gives the bits that it gives without celora. A layer in a dtype that the CPU
+does not multiply is computed in float32 there, too, except for a few tokens: for them torch has fast code.
 """
 
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, TypeGuard
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from transformers.pytorch_utils import Conv1D
 
 from celora.kernels.backends import choose
 from celora.kernels.operations import linear
 from celora.modeling.graft import LayerGraft, in_dispatch_mode
 from celora.modeling.hooks import has_another_s_forward
 from celora.modeling.own_forward import OwnForward
+from celora.modeling.switch import Switch
 from celora.modeling.trial import unlike, was_tried
 from celora.weights.read import bias_of, is_trainable, plain_weight
+
+_MANY = 8  # tokens, from which on torch is slower in a dtype that the CPU does not multiply
 
 
 class FloatForward(OwnForward):
     """The forward of one frozen linear layer.
 
     Attributes:
-        graft: the layer's graft.
+        graft: the layer's graft; None beside an adapter.
     """
 
-    def __init__(self, graft: LayerGraft) -> None:
-        super().__init__(graft.switch)
+    evaluates = True
+    graft: LayerGraft | None
+
+    def __init__(self, switch: Switch, graft: LayerGraft | None = None) -> None:
+        super().__init__(switch)
         self.graft = graft
 
     def under(self, module: nn.Module) -> None:
@@ -55,14 +65,24 @@ class FloatForward(OwnForward):
         if is_trainable(module) or has_another_s_forward(module) or torch.is_autocast_enabled("cpu"):
             return type(module).forward(module, *args, **kwargs)
         weight = weight_for(module)
-        if weight is None or not _fits(x, weight):
+        if weight is None or not _fits(x, weight) or not (module.training or _is_emulated(x)):
             return type(module).forward(module, *args, **kwargs)
         y: Tensor = _Forward.apply(x, weight, bias_of(module))  # type: ignore[no-untyped-call]
         return y
 
 
+def without_adapter(model: nn.Module) -> Iterator[nn.Module]:
+    """The frozen linear layers of `model` that have no adapter, and that such a forward makes faster."""
+    tuners = (module for module in model.modules() if isinstance(module, BaseTunerLayer))
+    parts = {part for tuner in tuners for part in tuner.modules()}
+    for module in model.modules():
+        linear = isinstance(module, nn.Linear | Conv1D) and module not in parts and not is_trainable(module)
+        if linear and not has_another_s_forward(module) and weight_for(module) is not None:
+            yield module
+
+
 def weight_for(module: nn.Module) -> Tensor | None:
-    """The weight of this linear layer, (out, in), if another library multiplies faster with it.
+    """The weight of this linear layer, (out, in), if another product than torch's is faster with it.
 
     None also if no trial shows that the class's forward computes `x W^T + b`. A copy, or a layer with another weight,
     is tried once, but not where something looks at every operator.
@@ -73,11 +93,16 @@ def weight_for(module: nn.Module) -> Tensor | None:
     return weight if was_tried(module) or (not in_dispatch_mode() and unlike(module) == "") else None
 
 
-def _fits(x: object, weight: Tensor) -> bool:
+def _fits(x: object, weight: Tensor) -> TypeGuard[Tensor]:
     """Whether x is a plain tensor with tokens that the layer's own forward would multiply with this weight."""
     if type(x) is not Tensor or not x.numel() or x.shape[-1] != weight.shape[1]:
         return False
     return (x.dtype, x.device) == (weight.dtype, weight.device)
+
+
+def _is_emulated(x: Tensor) -> bool:
+    """Whether torch takes much longer with the dtype and the number of tokens of `x: (..., in)` than in float32."""
+    return choose("linear", x).name == "float32" and x.numel() >= _MANY * x.shape[-1]
 
 
 class _Forward(torch.autograd.Function):

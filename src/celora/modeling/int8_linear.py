@@ -17,10 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
-from torch.nn import functional as F
 
 from celora.errors import CELoraError
-from celora.kernels.operations import available, hold_both_ways, pack_both_ways
+from celora.kernels.operations import available, hold_both_ways, linear, pack_both_ways
 from celora.kernels.packed import BothWays
 from celora.kernels.plain import IntegersBothWays, row_scales
 from celora.weights.checkpoint import Origin
@@ -165,7 +164,7 @@ class Int8Linear(nn.Linear):
         if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if self.on_original is not None:
-            return F.linear(x, self.on_original().to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+            return linear(x, self.on_original().to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
         y: Tensor = _Linear.apply(x, self.W_q, self.scale, self.bias, self.layout)  # type: ignore[no-untyped-call]
         return y
 
@@ -252,7 +251,7 @@ class _Linear(torch.autograd.Function):
         ctx.layout, ctx.in_features = layout, x.shape[-1]
         ctx.bias_dtype = None if bias is None else bias.dtype
         weight = layout.holding(stored, scale, x.shape[-1]).dense(x.dtype)
-        return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+        return linear(x, weight, None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     @once_differentiable
@@ -260,7 +259,8 @@ class _Linear(torch.autograd.Function):
         stored, scale = ctx.saved_tensors
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad_output @ ctx.layout.holding(stored, scale, ctx.in_features).dense(grad_output.dtype)
+            weight = ctx.layout.holding(stored, scale, ctx.in_features).dense(grad_output.dtype)
+            grad_x = linear(grad_output, weight.t())
         if ctx.needs_input_grad[3]:
             grad_bias = grad_output.reshape(-1, grad_output.shape[-1]).sum(0).to(ctx.bias_dtype)
         return grad_x, None, None, grad_bias, None

@@ -27,9 +27,11 @@ class OwnForward(Hook, ABC):
 
     Attributes:
         name: what such modules compute, in the plural, for the report.
+        evaluates: whether it may compute in evaluation, too.
     """
 
     name = "passes"
+    evaluates = False
 
     def __init__(self, switch: Switch) -> None:
         self.switch = switch
@@ -61,11 +63,11 @@ class OwnForward(Hook, ABC):
         return type(module).forward(module, *args, **kwargs)
 
     def applies(self, module: nn.Module) -> bool:
-        """Whether this forward applies; by default while the module trains."""
+        """Whether this forward applies: while the module trains, and in evaluation if it `evaluates`."""
         # torch.compile and TorchScript trace the class's forward, and selective checkpointing observes its operators.
-        if torch.compiler.is_compiling() or scripted() or not self.switch.on or not module.training:
+        if torch.compiler.is_compiling() or scripted() or not self.switch.on:
             return False
-        return not selectively_checkpointed()
+        return (module.training or self.evaluates) and not selectively_checkpointed()
 
     @abstractmethod
     def forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:

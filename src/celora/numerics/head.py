@@ -198,7 +198,7 @@ def _chosen(hidden: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _buffer(chosen: Tensor, rows: int, words: int, product: Int8BothWays | None) -> Tensor | None:
     """Where the logits of each chunk of `rows` are written; None if what multiplies `chosen` cannot write there."""
-    writes = product is not None or choose("linear", chosen).name == "torch"
+    writes = product is not None or choose("linear", chosen).name != "onednn"
     return chosen.new_empty(rows, words) if writes else None
 
 

@@ -7,6 +7,7 @@ from collections.abc import Collection
 
 import torch
 
+from celora.kernels.backends import choose
 from celora.machine.timing import slower_than_float32
 from celora.modeling.float_forward import FloatForward, weight_for
 from celora.modeling.own_forward import OwnForward
@@ -39,9 +40,13 @@ def whole_model_notes(
         apart = [layer.cannot_fuse for layer in layers if layer.cannot_fuse]
         rest = f"; PEFT's own path in {len(apart)}: {apart[0]}" if apart else ""
         notes.append(f"LoRA fused with its base layer in {len(layers) - len(apart)} of {len(layers)} layers{rest}.")
-    bases = [layer.base for layer in found.layers.values()]
-    if any(isinstance(base.__dict__.get("forward"), FloatForward) and weight_for(base) is not None for base in bases):
+    own = (module for module in found.model.modules() if isinstance(module.__dict__.get("forward"), FloatForward))
+    faster = {weight.dtype for module in own if (weight := weight_for(module)) is not None}
+    if torch.float32 in faster:
         notes.append("Float32 products are oneDNN's: on this CPU they are faster than torch's own.")
+    for dtype in faster.intersection(_HALF):
+        name = str(dtype).removeprefix("torch.")
+        notes.append(f"Products of {name} are computed in float32: this CPU has no instructions for them.")
     if known:
         counts = Counter(kind.name for kind in known)
         saved = "; activations saved for the backward in 8 bits, attention's in 16" if compact else ""
@@ -92,7 +97,9 @@ def advice(found: Survey, config: CELoraConfig) -> list[str]:
             )
             break
     for dtype, device in dict.fromkeys((layer.dtype, layer.device) for layer in layers if not layer.quantised):
-        if device.type == "cpu" and dtype in _HALF and slower_than_float32(dtype, device):
+        if device.type != "cpu" or dtype not in _HALF or choose("linear", torch.empty(1, dtype=dtype)).name != "torch":
+            continue
+        if slower_than_float32(dtype, device):
             name = str(dtype).removeprefix("torch.")
             said.append(
                 f"This CPU takes longer for {name} products than for float32 ones: load with dtype=float32, which "

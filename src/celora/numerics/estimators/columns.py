@@ -138,7 +138,8 @@ class Columns(Estimator):
         rows = weight if isinstance(weight, DTensor) else SelectedRows(weight, index)
         result = self.product(columns_of(grad_output, index), rows)
         if self.factor.V is not None and self.U_off is not None:
-            result += (grad_output @ self.U_off.to(grad_output.dtype)) @ self.factor.V.to(grad_output.dtype)
+            through = linear(grad_output, self.U_off.to(grad_output.dtype).t())
+            result += linear(through, self.factor.V.to(grad_output.dtype).t())
         return result
 
     def _kept_rows(self, weight: Tensor, index: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:

@@ -1,0 +1,129 @@
+"""A model in a dtype that the CPU does not multiply: none of its products meets torch's slow code."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import celora
+from celora.modeling.float_forward import _MANY, FloatForward
+from patching import patch_all
+from small import make_batch, make_model
+
+_PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "matmul", "linear", "_scaled_mm"}
+ATTENTION = {"target_modules": ["q_proj", "v_proj"]}
+
+
+@pytest.fixture(autouse=True)
+def _such_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    patch_all(monkeypatch, "celora.machine.cpu:multiplies", lambda dtype: False)
+
+
+class _Seen(TorchDispatchMode):
+    """Lists the products that torch computes, by dtype, and how many rows the first operand has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, torch.dtype, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__.rstrip("_")
+        if name in _PRODUCTS:
+            operand = args[1] if name.startswith(("add", "badd")) else args[0]
+            self.found.append((name, operand.dtype, operand.numel() // operand.shape[-1]))
+        return func(*args, **(kwargs or {}))
+
+
+def emulated(call: Callable[[], object]) -> list[tuple[str, torch.dtype, int]]:
+    """The products of this call in a dtype that the CPU does not multiply."""
+    with _Seen() as seen:
+        call()
+    assert seen.found
+    return [(name, dtype, rows) for name, dtype, rows in seen.found if dtype != torch.float32 and rows]
+
+
+def gradients(model: PeftModel) -> dict[str, Tensor]:
+    model.zero_grad()
+    model(**make_batch(0)).loss.backward()
+    return {name: p.grad.clone().double() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("targets", [{}, ATTENTION], ids=["all layers", "two of seven"])
+@pytest.mark.parametrize("preset", ["exact", "paper", "auto", "fast"])
+def test_no_product_of_a_step_is_emulated(preset: str, targets: dict[str, Any], dtype: torch.dtype) -> None:
+    model = make_model(dtype=dtype, **targets).train()
+    # Without celora, all are but the adapters', which are in float32. The input of three layers needs no gradient.
+    assert len(emulated(lambda: gradients(model))) == 2 * (2 * 7 + 1) - 3
+    name = str(dtype).removeprefix("torch.")
+    said = f"Products of {name} are computed in float32: this CPU has no instructions for them."
+    assert said in celora.attach(model, preset).notes
+    gradients(model)  # tries the layers, and refreshes
+    assert emulated(lambda: gradients(model)) == []
+
+
+def test_a_model_learns_what_it_learns_without() -> None:
+    """Both round to bfloat16. float32 arithmetic with the same weights is the judge."""
+    for targets in ({}, ATTENTION):
+        plain, model = (make_model(dtype=torch.bfloat16, **targets).train() for _ in range(2))
+        judge = gradients(copy.deepcopy(plain).float())
+        expected = gradients(plain)
+        celora.attach(model, "exact")
+        found = gradients(model)
+        assert found.keys() == expected.keys() == judge.keys()
+        for name, value in judge.items():
+            # A sum of many roundings varies; twice as far would be another computation.
+            assert (found[name] - value).norm() <= 2 * (expected[name] - value).norm() + 1e-6 * value.norm(), name
+
+
+def test_evaluation_is_not_emulated_but_for_a_few_tokens() -> None:
+    plain, model = (make_model(dtype=torch.bfloat16).eval() for _ in range(2))
+    celora.attach(model.train(), "exact")
+    model.eval()
+    many, few = make_batch(0)["input_ids"], torch.arange(_MANY - 1)[None]
+    with torch.no_grad():
+        expected = {ids: plain(input_ids=ids).logits for ids in (many, few)}
+        model(input_ids=many)
+        assert emulated(lambda: model(input_ids=many)) == []
+        assert len(emulated(lambda: model(input_ids=few))) == 2 * 7 + 1
+        for ids, logits in expected.items():
+            found = model(input_ids=ids).logits
+            assert (found - logits).float().norm() <= 2 * torch.finfo(torch.bfloat16).eps * logits.float().norm()
+        assert model(input_ids=few).logits.equal(expected[few])  # bit for bit
+
+
+def test_a_float32_model_is_left_as_it_is() -> None:
+    model = make_model().train()
+    notes = celora.attach(model, "exact").notes
+    assert not [note for note in notes if "no instructions" in note]
+
+
+@pytest.mark.parametrize("preset", ["exact", "fast"])
+def test_layers_without_adapter_are_given_back(preset: str) -> None:
+    model = make_model(dtype=torch.bfloat16, **ATTENTION).train()
+    before = {name: dict(vars(module)) for name, module in model.named_modules()}
+    saved = get_peft_model_state_dict(model)
+    celora.attach(model, preset)
+    gradients(model)
+    own = [name for name, module in model.named_modules() if isinstance(vars(module).get("forward"), FloatForward)]
+    assert len(own) == 2 * 7 + 1
+    copied = copy.deepcopy(model)
+    gradients(copied)
+    assert emulated(lambda: gradients(copied)) == []
+    celora.attach(model, preset)  # again, and what is there is no other's
+    gradients(model)
+    assert emulated(lambda: gradients(model)) == []
+    celora.detach(model)
+    for name, module in model.named_modules():
+        assert vars(module).keys() == before[name].keys(), name
+        assert "forward" not in vars(module)
+    assert get_peft_model_state_dict(model).keys() == saved.keys()
+    celora.attach(model, "off")
+    assert not any(isinstance(vars(module).get("forward"), FloatForward) for module in model.modules())
