@@ -22,7 +22,7 @@ from celora.studies.step import Step, make_step, take_turns
 from celora.train.loading import quiet_libraries
 
 RESULTS, REPEATS, DTYPES = Path(__file__).with_name("dtypes.jsonl"), 5, ("float32", "bfloat16")
-CELLS = [Cell("smollm2", "demo", "float32"), Cell("smollm2", "full", "float32"), Cell("h1024-v32k", "full", "float32")]
+CELLS = [Cell("smollm2", "demo", "float32"), Cell("smollm2", "full", "float32")]
 ARMS = [("PEFT", "float32"), *((arm, dtype) for arm in ("exact", "auto", "fast") for dtype in DTYPES)]
 
 

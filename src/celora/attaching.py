@@ -20,7 +20,7 @@ from celora.errors import CELoraError
 from celora.machine.processes import gathers, made_by_first, same_in_all
 from celora.modeling.assign import choose_estimator, last_block
 from celora.modeling.eight_bit import EightBitForward
-from celora.modeling.float_forward import FloatForward, weight_for, without_adapter
+from celora.modeling.float_forward import FloatForward, other_layers, weight_for
 from celora.modeling.fused import FusedGraft
 from celora.modeling.graft import LayerGraft
 from celora.modeling.hooks import remove
@@ -93,7 +93,7 @@ def attach(
         for module, kind in known.items():
             kind(attachment.switch).under(module)
         if (config.fused or attachment.grafts) and not may_be_copied():
-            for module in without_adapter(model):
+            for module in other_layers(model):
                 FloatForward(attachment.switch).under(module)
         if config.labelled_head and found.language_model is not None:
             attachment.forward = install(found.language_model, attachment.switch, config)

@@ -168,6 +168,8 @@ def test_an_old_linux_forbids_tiles(answer: bool, monkeypatch: pytest.MonkeyPatc
         ("avx512f avx512_bf16 avx512_fp16 amx_tile", "AVX512_CORE_BF16", True, False),
         ("avx512f avx512_bf16 avx512_fp16 amx_tile", "AVX512_CORE_VNNI", False, False),
         ("avx512f avx512_bf16 avx512_fp16 amx_tile", "AVX2", False, False),
+        ("avx512f avx512_bf16 avx512_fp16 amx_tile", "AVX10_1_512", True, True),
+        ("", "", True, True),
         ("asimd asimddp", "", False, False),
         ("asimd asimddp fphp asimdhp", "", False, True),
         ("asimd asimddp fphp asimdhp i8mm bf16", "", True, True),

@@ -13,11 +13,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import celora
-from celora.modeling.float_forward import _MANY, FloatForward
+from celora.kernels import widened
+from celora.modeling.float_forward import FloatForward
 from patching import patch_all
 from small import make_batch, make_model
 
-_PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "matmul", "linear", "_scaled_mm"}
+_PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "matmul", "linear", "_scaled_mm"}  # for a vector torch has fast code
 ATTENTION = {"target_modules": ["q_proj", "v_proj"]}
 
 
@@ -56,15 +57,18 @@ def gradients(model: PeftModel) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("targets", [{}, ATTENTION], ids=["all layers", "two of seven"])
+@pytest.mark.parametrize("targets", [{}, ATTENTION, {"use_dora": True}], ids=["all layers", "two of seven", "DoRA"])
 @pytest.mark.parametrize("preset", ["exact", "paper", "auto", "fast"])
-def test_no_product_of_a_step_is_emulated(preset: str, targets: dict[str, Any], dtype: torch.dtype) -> None:
+def test_no_product_of_a_step_is_emulated(
+    preset: str, targets: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(widened, "_MANY", 1)
     model = make_model(dtype=dtype, **targets).train()
     # Without celora, all are but the adapters', which are in float32. The input of three layers needs no gradient.
     assert len(emulated(lambda: gradients(model))) == 2 * (2 * 7 + 1) - 3
     name = str(dtype).removeprefix("torch.")
     said = f"Products of {name} are computed in float32: this CPU has no instructions for them."
-    assert said in celora.attach(model, preset).notes
+    assert said in celora.attach(model, preset, head_keep_ratio=0.3).notes
     gradients(model)  # tries the layers, and refreshes
     assert emulated(lambda: gradients(model)) == []
 
@@ -87,12 +91,20 @@ def test_evaluation_is_not_emulated_but_for_a_few_tokens() -> None:
     plain, model = (make_model(dtype=torch.bfloat16).eval() for _ in range(2))
     celora.attach(model.train(), "exact")
     model.eval()
-    many, few = make_batch(0)["input_ids"], torch.arange(_MANY - 1)[None]
+    many, few = make_batch(0)["input_ids"], torch.arange(widened._MANY - 1)[None]
     with torch.no_grad():
         expected = {ids: plain(input_ids=ids).logits for ids in (many, few)}
         model(input_ids=many)
+        model(input_ids=many)
         assert emulated(lambda: model(input_ids=many)) == []
         assert len(emulated(lambda: model(input_ids=few))) == 2 * 7 + 1
+    with torch.enable_grad():  # then gradients of any order are the model's own
+        layer = model.base_model.model.model.layers[0].mlp.up_proj.base_layer
+        x = torch.randn(16, layer.in_features, dtype=torch.bfloat16, requires_grad=True)
+        (first,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(first.sum(), x)
+        assert bool(second.any())
+    with torch.no_grad():
         for ids, logits in expected.items():
             found = model(input_ids=ids).logits
             assert (found - logits).float().norm() <= 2 * torch.finfo(torch.bfloat16).eps * logits.float().norm()

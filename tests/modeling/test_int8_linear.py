@@ -289,10 +289,12 @@ def test_merging_is_refused_where_the_original_is_not_at_hand(tmp_path: Path) ->
 
 
 def test_a_layer_on_its_original_weight(tmp_path: Path) -> None:
-    linear, x = make(), torch.randn(3, 50)
+    linear, x = make(), torch.randn(3, 50, requires_grad=True)
     layer = Int8Linear.of(linear)
     layer.origin, layer.on_original = stored(tmp_path, linear), layer.original
     assert layer(x).equal(linear(x))
+    (found,), (expected,) = (torch.autograd.grad(one(x).sum(), x) for one in (layer, linear))
+    assert found.equal(expected)
 
 
 @pytest.mark.parametrize("reads", [Int8Linear.original, Int8Linear.read_again])

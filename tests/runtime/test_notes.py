@@ -41,3 +41,12 @@ def test_advice_where_the_users_own_settings_cost_time(emulated: bool, monkeypat
     assert [note for note in costly if note.startswith("float32 adapters on a bfloat16 base")]
     said = [note for note in costly if note.startswith("This CPU takes longer for bfloat16")]
     assert len(said) == emulated
+
+
+def test_a_dtype_that_the_cpu_does_not_multiply_is_slow_without_celora(monkeypatch: pytest.MonkeyPatch) -> None:
+    patch_all(monkeypatch, "celora.machine.timing:slower_than_float32", lambda dtype, device: True)
+    patch_all(monkeypatch, "celora.machine.cpu:multiplies", lambda dtype: False)
+    for preset, slow in (("off", True), ("exact", False), ("fast", False)):
+        notes = " ".join(celora.attach(make_model(dtype=torch.bfloat16), preset).notes)
+        assert ("This CPU takes longer for bfloat16" in notes) is slow
+        assert ("Products of bfloat16 are computed in float32" in notes) is not slow

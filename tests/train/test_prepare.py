@@ -18,6 +18,21 @@ def test_audit_judges_an_adapter_with_the_configuration_it_was_trained_with(fini
     assert (of_checkpoint.cosine, of_checkpoint.relative_error) == (as_trained.cosine, as_trained.relative_error)
 
 
+def test_audit_reads_rows_with_the_tokenizer_that_the_adapter_was_trained_with(finished, inputs, tmp_path, monkeypatch):
+    """A run may have had another chat template than its base."""
+    seen, build = [], prepare.build_trainer
+
+    def built(request, args, model, tokenizer, *rest, **more):
+        seen.append(tokenizer.name_or_path)
+        return build(request, args, model, tokenizer, *rest, **more)
+
+    monkeypatch.setattr(prepare, "build_trainer", built)
+    request = make_request({**inputs, "output": str(tmp_path / "none"), "preset": "exact"})
+    for adapter in (finished[0], None):
+        prepare.audit_model(request, rows=4, adapter=adapter)
+    assert seen == [str(finished[0]), str(inputs["model"])]
+
+
 @pytest.mark.parametrize("preset", ["auto", "fast"])
 def test_audit_judges_what_training_would_attach(preset, inputs, tmp_path, monkeypatch):
     monkeypatch.setattr("celora.planning.fastest._fastest", lambda *_: (EXACT, {}))

@@ -144,9 +144,13 @@ def multiplies(dtype: torch.dtype) -> bool:
     Without them torch takes five times as long as in float32 with AVX-512, and up to five hundred times with AVX2.
     """
     has = features()
+    if not (_line("flags") or _line("Features") or _sysctl() or _capabilities()):
+        return True  # nothing tells, so what torch does stays
     if dtype == torch.bfloat16:
-        return has["arm_bf16"] or ((has["avx512_bf16"] or has["amx_tile"]) and _onednn_may("BF16", "FP16", "AMX"))
-    return has["arm_fp16"] or (has["avx512_fp16"] and _onednn_may("FP16", "AMX"))
+        return has["arm_bf16"] or (
+            (has["avx512_bf16"] or has["amx_tile"]) and _onednn_may("BF16", "FP16", "AMX", "AVX10")
+        )
+    return has["arm_fp16"] or (has["avx512_fp16"] and _onednn_may("FP16", "AMX", "AVX10"))
 
 
 def _onednn_may(*instructions: str) -> bool:

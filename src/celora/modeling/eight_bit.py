@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
 from celora.errors import CELoraError
+from celora.kernels.operations import linear
 from celora.modeling.compiled import forward_product, multiplied
 from celora.modeling.float_forward import FloatForward
 from celora.modeling.graft import LayerGraft, in_dispatch_mode, scripted, without_autocast
@@ -196,7 +197,7 @@ class EightBitHead:
     def compare(self, x: Tensor, logits: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         """Measure the error of some logits, (T, V), of the tokens x, (T, H), and record the sizes of x's features."""
         every = max(1, len(x) // _COMPARED)
-        self.error.measure(logits[::every], nn.functional.linear(x[::every], weight, bias))
+        self.error.measure(logits[::every], linear(x[::every], weight, bias))
         self.product.look(x, weight)
 
 

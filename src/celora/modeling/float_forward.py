@@ -2,7 +2,7 @@
 
 In: the layer's input, (..., in). Out: its output, (..., out), of the same dtype, the layer's own to rounding. In
 evaluation and generation a float32 layer gives the bits that it gives without celora. A layer in a dtype that the CPU
-does not multiply is computed in float32 there, too, except for a few tokens: for them torch has fast code.
+does not multiply is computed in float32 there, too, where no gradient is asked for.
 """
 
 from __future__ import annotations
@@ -26,14 +26,12 @@ from celora.modeling.switch import Switch
 from celora.modeling.trial import unlike, was_tried
 from celora.weights.read import bias_of, is_trainable, plain_weight
 
-_MANY = 8  # tokens, from which on torch is slower in a dtype that the CPU does not multiply
-
 
 class FloatForward(OwnForward):
     """The forward of one frozen linear layer.
 
     Attributes:
-        graft: the layer's graft; None beside an adapter.
+        graft: the layer's graft, if it has one.
     """
 
     evaluates = True
@@ -65,19 +63,26 @@ class FloatForward(OwnForward):
         if is_trainable(module) or has_another_s_forward(module) or torch.is_autocast_enabled("cpu"):
             return type(module).forward(module, *args, **kwargs)
         weight = weight_for(module)
-        if weight is None or not _fits(x, weight) or not (module.training or _is_emulated(x)):
+        if weight is None or not _fits(x, weight):
             return type(module).forward(module, *args, **kwargs)
+        if not module.training:  # a gradient of any order is the model's own there
+            if torch.is_grad_enabled() or choose("linear", x).name != "float32":
+                return type(module).forward(module, *args, **kwargs)
+            return linear(x, weight, bias_of(module))
         y: Tensor = _Forward.apply(x, weight, bias_of(module))  # type: ignore[no-untyped-call]
         return y
 
 
-def without_adapter(model: nn.Module) -> Iterator[nn.Module]:
-    """The frozen linear layers of `model` that have no adapter, and that such a forward makes faster."""
-    tuners = (module for module in model.modules() if isinstance(module, BaseTunerLayer))
-    parts = {part for tuner in tuners for part in tuner.modules()}
+def other_layers(model: nn.Module) -> Iterator[nn.Module]:
+    """The frozen linear layers of `model` that have no such forward yet, and that it makes faster.
+
+    They have no adapter, or one that takes PEFT's own path.
+    """
+    tuners = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    parts = {part for tuner in tuners for part in {*tuner.modules()} - {*tuner.get_base_layer().modules()}}
     for module in model.modules():
-        linear = isinstance(module, nn.Linear | Conv1D) and module not in parts and not is_trainable(module)
-        if linear and not has_another_s_forward(module) and weight_for(module) is not None:
+        frozen = isinstance(module, nn.Linear | Conv1D) and module not in parts and not is_trainable(module)
+        if frozen and "forward" not in module.__dict__ and weight_for(module) is not None:
             yield module
 
 
@@ -98,11 +103,6 @@ def _fits(x: object, weight: Tensor) -> TypeGuard[Tensor]:
     if type(x) is not Tensor or not x.numel() or x.shape[-1] != weight.shape[1]:
         return False
     return (x.dtype, x.device) == (weight.dtype, weight.device)
-
-
-def _is_emulated(x: Tensor) -> bool:
-    """Whether torch takes much longer with the dtype and the number of tokens of `x: (..., in)` than in float32."""
-    return choose("linear", x).name == "float32" and x.numel() >= _MANY * x.shape[-1]
 
 
 class _Forward(torch.autograd.Function):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
 
 from celora.errors import CELoraError
 from celora.kernels.operations import available, hold_both_ways, linear, pack_both_ways
@@ -164,7 +165,7 @@ class Int8Linear(nn.Linear):
         if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if self.on_original is not None:
-            return linear(x, self.on_original().to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+            return F.linear(x, self.on_original().to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
         y: Tensor = _Linear.apply(x, self.W_q, self.scale, self.bias, self.layout)  # type: ignore[no-untyped-call]
         return y
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from celora.borrowed import borrow
 from celora.errors import CELoraError
-from celora.modeling.hooks import hooks_of, is_ours
+from celora.modeling.hooks import has_another_s_forward, hooks_of, is_ours
 from celora.modeling.onlookers import would_see
 from celora.modeling.others import fused_head, is_fused_head, is_split, replaced
 from celora.modeling.packing import cannot_pack
@@ -113,7 +113,7 @@ def not_ours(causal: PreTrainedModel) -> str:
         return f"{type(causal).__name__} trains its {name!r}, which may change logits or loss"
     if (by := replaced(causal)) and not is_fused_head(causal):
         return f"the forward of {type(causal).__name__} was replaced by {by}"
-    if not is_ours(vars(head).get("forward")) and (by := replaced(head)):
+    if has_another_s_forward(head) and (by := replaced(head)):
         return f"the forward of its head was replaced by {by}"
     if by := would_see(causal):
         return f"{type(causal).__name__} has a hook ({by}) that would see celora's arguments or output of a call"

@@ -71,7 +71,7 @@ class OwnForward(Hook, ABC):
 
     @abstractmethod
     def forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
-        """The output of a module that trains: the fast one, or its class's if the arguments do not fit."""
+        """The output where this forward `applies`: the fast one, or its class's if the arguments do not fit."""
 
 
 def may_be_copied() -> bool:

@@ -320,4 +320,4 @@ def through_the_head(grad: Tensor, weight: Tensor, targets: Tensor, keep_ratio: 
     some.addr_(a.to(some.dtype), q[index], alpha=-1).mul_(as_weights(factors, some.dtype))
     linear(some, weight.index_select(0, index).t(), out=out)
     left = total - some.sum(1, dtype=torch.float32)
-    out.addr_(left.to(out.dtype), torch.mm(q[None], weight)[0])
+    out.addr_(left.to(out.dtype), linear(q[None], weight.t())[0])

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from celora.kernels.operations import linear
 from celora.machine.timing import interleaved
 from celora.modeling.graft import LayerGraft
 from celora.modeling.switch import Mode, Switch
@@ -41,7 +42,7 @@ def _time_kind(layers: list[Layer]) -> dict[LayerConfig, float]:
     for setting in dict.fromkeys([EXACT, *needed]):
         estimator = layer.make(setting)
         if not estimator.ready:
-            estimator.observe(grad, weight, grad @ weight.to(grad.dtype))
+            estimator.observe(grad, weight, linear(grad, weight.to(grad.dtype).t()))
             estimator.select()
         calls[setting] = functools.partial(estimator.estimate, grad, weight)
     measured = interleaved({str(i): call for i, call in enumerate(calls.values())}, repeats=7, device=weight.device)

@@ -7,7 +7,6 @@ from collections.abc import Collection
 
 import torch
 
-from celora.kernels.backends import choose
 from celora.machine.timing import slower_than_float32
 from celora.modeling.float_forward import FloatForward, weight_for
 from celora.modeling.own_forward import OwnForward
@@ -97,9 +96,8 @@ def advice(found: Survey, config: CELoraConfig) -> list[str]:
             )
             break
     for dtype, device in dict.fromkeys((layer.dtype, layer.device) for layer in layers if not layer.quantised):
-        if device.type != "cpu" or dtype not in _HALF or choose("linear", torch.empty(1, dtype=dtype)).name != "torch":
-            continue
-        if slower_than_float32(dtype, device):
+        own = (isinstance(layer.base.__dict__.get("forward"), FloatForward) for layer in layers if layer.dtype == dtype)
+        if device.type == "cpu" and dtype in _HALF and not all(own) and slower_than_float32(dtype, device):
             name = str(dtype).removeprefix("torch.")
             said.append(
                 f"This CPU takes longer for {name} products than for float32 ones: load with dtype=float32, which "

@@ -31,6 +31,7 @@ from celora.train.planning import make_plan, settled
 from celora.train.request.arguments import TrainRequest, sft_config
 from celora.train.rows.places import local_files
 from celora.train.trainer import build_trainer, check_tokens, refused
+from celora.train.use.trained import tokenizer_of
 
 # Plan, audit and estimate evaluate, save and send nothing, whatever a settings file written for training says.
 MEASURES_ONLY = {
@@ -72,7 +73,7 @@ def prepared(request: TrainRequest, rows: int | None, adapter: Path | None) -> I
     with quiet_libraries(), tempfile.TemporaryDirectory() as scratch:
         local_files(request.data, request.options.dataset_train_split)  # a mistake is told before a model is converted
         request = with_folder(request)
-        tokenizer = load_tokenizer(request)
+        tokenizer = load_tokenizer(request) if adapter is None else tokenizer_of(adapter, request)
         data = training_rows(request, tokenizer)
         train = request.train | MEASURES_ONLY | ({} if rows is None else {"per_device_train_batch_size": rows})
         args = sft_config(replace(request, train=train, output=Path(scratch)))

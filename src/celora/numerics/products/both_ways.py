@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from celora.kernels.operations import pack_both_ways, squared_column_norms
+from celora.kernels.operations import pack_both_ways, skinny_product, squared_column_norms
 from celora.kernels.packed import BothWays, QuantisedRows
 from celora.kernels.plain import row_scales
 from celora.numerics.inputs import LatestInput
@@ -217,7 +217,7 @@ def _onto(packed: BothWays, rows: QuantisedRows, bias: Tensor | None, out: Tenso
     if rows.apart is None or rows.values is None:
         return out
     columns = packed.columns(rows.apart) * packed.scale[:, None]
-    return out.addmm_(rows.values.to(out.dtype), columns.to(out.dtype).t())
+    return skinny_product(rows.values.to(out.dtype), columns.to(out.dtype).t(), onto=out)
 
 
 _inputs = LatestInput()

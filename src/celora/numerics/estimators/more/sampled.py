@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from celora.errors import CELoraError
-from celora.kernels.operations import squared_row_norms
+from celora.kernels.operations import linear, squared_row_norms
 from celora.numerics.estimators.base import Estimator
 from celora.numerics.estimators.columns import Columns
 from celora.numerics.estimators.tokens import Tokens, low_rank
@@ -59,7 +59,7 @@ class SampledColumns(Columns):
         self.factor.prepare(weight)
         if self.factor.U is not None and self.factor.V is not None:
             U, V = self.factor.U.to(grad_output.dtype), self.factor.V.to(grad_output.dtype)
-            result += (grad_output @ U - left @ U[index]) @ V
+            result += linear(linear(grad_output, U.t()) - linear(left, U[index].t()), V.t())
         return result
 
     def needs_whole(self, weight: Tensor) -> bool:
