@@ -21,9 +21,9 @@ _BLOCK_NUMBERS = 2**19  # float32 numbers worked on at once: 2 MiB, which a core
 _BLOCK_NUMBERS_ELSEWHERE = 2**24  # 64 MiB: few launches, and little beside a weight, or the chunk's logits
 
 
-def blocks(x: Tensor, numbers: int = _BLOCK_NUMBERS_ELSEWHERE) -> Iterator[slice]:
+def blocks(x: Tensor, numbers: int | None = None) -> Iterator[slice]:
     """Parts of the rows of `x: (T, n)`, of which float32 copies are small."""
-    size = max(1, numbers // max(1, x.shape[1]))
+    size = max(1, (numbers or _BLOCK_NUMBERS_ELSEWHERE) // max(1, x.shape[1]))
     return (slice(start, start + size) for start in range(0, len(x), size))
 
 
