@@ -52,6 +52,14 @@ hypothesis.settings.register_profile("nightly", max_examples=500, database=None,
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
+@pytest.fixture
+def integers_may_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """8-bit products are not left out where torch's are a slow loop over single numbers."""
+    from patching import patch_all
+
+    patch_all(monkeypatch, "celora.kernels.plain:one_by_one", lambda: False)
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

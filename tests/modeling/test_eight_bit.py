@@ -317,6 +317,7 @@ def test_a_refresh_under_selective_checkpointing_or_inference() -> None:
     assert require(model).forwards.errors
 
 
+@pytest.mark.usefixtures("integers_may_pay")
 def test_logits_in_8_bits() -> None:
     """The loss and the gradient are nearly those of exact logits; an audit and an evaluation have exact ones."""
     exact, model = make_model().train(), make_model().train()
@@ -335,6 +336,7 @@ def test_logits_in_8_bits() -> None:
     assert float(again(**batch).loss.detach()) == losses[1]
 
 
+@pytest.mark.usefixtures("integers_may_pay")
 def test_logits_of_any_number_of_words() -> None:
     """A sum over so many words could overflow 32 bits, and the forward has none: it sums over features."""
     torch.manual_seed(0)
@@ -344,6 +346,7 @@ def test_logits_of_any_number_of_words() -> None:
     assert (logits - x @ weight.t()).norm() < 0.02 * (x @ weight.t()).norm()
 
 
+@pytest.mark.usefixtures("integers_may_pay")
 def test_the_report_says_whether_logits_are_in_8_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     config = dataclasses.replace(PRESETS["exact"], head_forward="int8")
     assert "its logits in 8 bits" in str(celora.attach(make_model(), config))

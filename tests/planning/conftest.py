@@ -7,11 +7,15 @@ from typing import Any
 import pytest
 import torch
 
-from celora.kernels.plain import one_by_one
 from celora.planning import bench as bench_module
 from costs import Costs
 from patching import patch_all
 from small import masked_batch
+
+
+@pytest.fixture(autouse=True)
+def _integers_may_pay(integers_may_pay: None) -> None:
+    """Nothing but times decides."""
 
 
 @pytest.fixture
@@ -38,7 +42,6 @@ def wide_head(monkeypatch: pytest.MonkeyPatch) -> None:
     def times(calls: Any, repeats: int, device: Any) -> Any:
         return {call: {"time_ms": 10 * float(call)} for call in calls}
 
-    one_by_one()  # a process measures this once, and keeps it
     patch_all(monkeypatch, "celora.machine.timing:interleaved", times)
     # the head has only 61 words
     patch_all(monkeypatch, "celora.planning.head_evidence:HEAD_SHARES", (0.9, 0.7, 0.5, 0.3))
