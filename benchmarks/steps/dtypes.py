@@ -56,6 +56,8 @@ def main() -> None:
             process = multiprocessing.get_context("spawn").Process(target=measure, args=(cell,))
             process.start()
             process.join()
+            if process.exitcode:
+                raise SystemExit(f"measuring {cell} ended with status {process.exitcode}")
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def attach(
             _graft_layer(found.layers[name], estimator, attachment)
         for module, kind in known.items():
             kind(attachment.switch).under(module)
-        if (config.fused or attachment.grafts) and not may_be_copied():
+        if (config.fused or attachment.grafts) and not may_be_copied():  # preset off changes nothing
             for module in other_layers(model):
                 FloatForward(attachment.switch).under(module)
         if config.labelled_head and found.language_model is not None:

@@ -81,6 +81,12 @@ def test_many_rows_are_added_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [len(x) for x, _ in seen] == [onednn._ROWS, onednn._ROWS, 5]
 
 
+def test_something_is_added_onto_a_result_with_a_gradient() -> None:
+    onto = torch.zeros(5, 6) + torch.ones(6, requires_grad=True)
+    p, A = torch.randn(5, 4), torch.randn(4, 6)
+    close(onednn.skinny_product(p, A, alpha=2.0, onto=onto).detach(), 1 + 2 * p.double() @ A.double(), 4)
+
+
 def test_numbers_that_are_not_finite_stay_so() -> None:
     x = torch.tensor([[1.0, float("nan")], [float("inf"), 1.0], [1.0, 1.0]])
     y = onednn.linear(x, torch.ones(3, 2))

@@ -63,6 +63,12 @@ def test_skinny_products(dtype: torch.dtype, alpha: float, added: bool) -> None:
         once_rounded(y, expected, terms, depth + 2)
 
 
+def test_something_is_added_onto_a_result_with_a_gradient(dtype: torch.dtype) -> None:
+    onto = torch.zeros(15, 6, dtype=dtype) + torch.ones(6, dtype=dtype, requires_grad=True)
+    p, A = torch.ones(15, 4, dtype=dtype), torch.ones(4, 6, dtype=dtype)
+    assert bool((widened.skinny_product(p, A, alpha=2.0, onto=onto) == 9).all())
+
+
 def test_transposed_products_stay_in_float32(dtype: torch.dtype) -> None:
     p = torch.randn(23, 3).to(dtype)
     for x in (torch.randn(23, 17).to(dtype), torch.randint(-128, 128, (23, 17), dtype=torch.int8)):

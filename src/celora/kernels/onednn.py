@@ -10,13 +10,12 @@ from torch import Tensor
 from celora.borrowed import borrow
 from celora.kernels.backends import choose
 from celora.kernels.packed import LibraryPacked
-from celora.kernels.plain import takes_integers
+from celora.kernels.plain import blocks, is_plain, takes_integers
 from celora.machine.cpu import features, wider_than_mkl
 
 _LINEAR = "torch:ops.mkldnn._linear_pointwise"
 _PREPACK = "torch:ops.onednn.qlinear_prepack"
 _QLINEAR = "torch:ops.onednn.qlinear_pointwise"
-_PLAIN = (Tensor, torch.nn.Parameter)
 _ROWS = 1024  # are added at a time, so that their product takes little memory
 _OFFSET = 128  # the zero point of unsigned activations
 
@@ -77,9 +76,8 @@ def _zero_points(columns: int) -> Tensor:
 
 def takes_floats(x: Tensor) -> bool:
     """Whether oneDNN multiplies x, float32 on a CPU, faster than torch's own library."""
-    if torch.compiler.is_compiling() or x.dtype != torch.float32 or x.device.type != "cpu" or type(x) not in _PLAIN:
-        return False
-    return x.numel() > 0 and wider_than_mkl() and borrow(_LINEAR) is not None
+    takes = x.dtype == torch.float32 and is_plain(x) and x.numel() > 0
+    return takes and wider_than_mkl() and borrow(_LINEAR) is not None
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
@@ -91,8 +89,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor
 
 def skinny_product(x: Tensor, m: Tensor, *, alpha: float, onto: Tensor | None) -> Tensor:
     if onto is not None:
-        for rows, result in zip(x.split(_ROWS), onto.split(_ROWS), strict=True):
-            result.add_(linear(rows, m.t()), alpha=alpha)
+        for part in blocks(x, _ROWS * x.shape[1]):  # autograd lets nobody write into what `split` gives
+            onto[part].add_(linear(x[part], m.t()), alpha=alpha)
         return onto
     y = linear(x, m.t())
     return y if alpha == 1 else y.mul_(alpha)

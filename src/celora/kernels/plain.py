@@ -16,9 +16,15 @@ from celora.machine.device import exact_device
 from celora.machine.timing import interleaved
 
 INT_MM = "torch:_int_mm"
+_PLAIN = (Tensor, nn.Parameter)
 _LEAST = 1e-24  # a smaller sum of squares may have lost what matters of it to float32's underflow
 _BLOCK_NUMBERS = 2**19  # float32 numbers worked on at once: 2 MiB, which a core's own cache holds
 _BLOCK_NUMBERS_ELSEWHERE = 2**24  # 64 MiB: few launches, and little beside a weight, or the chunk's logits
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether x is a tensor of no other kind, on a CPU, and nothing traces it."""
+    return not torch.compiler.is_compiling() and x.device.type == "cpu" and type(x) in _PLAIN
 
 
 def blocks(x: Tensor, numbers: int | None = None) -> Iterator[slice]:

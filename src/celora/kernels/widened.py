@@ -7,6 +7,8 @@ dropped when these have been multiplied. Sums stay in float32 until they are rou
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,6 @@ from celora.kernels import plain
 from celora.machine.cpu import multiplies
 
 _HALF = (torch.bfloat16, torch.float16)
-_PLAIN = (Tensor, torch.nn.Parameter)
 _ROWS = 2048  # tokens whose float32 copies are made at once
 _MANY = 4  # tokens; for fewer, torch has fast code, if the numbers of a row are together
 _NUMBERS = 2**22  # of a weight, of which a float32 copy of 16 MiB is made at once
@@ -22,9 +23,7 @@ _NUMBERS = 2**22  # of a weight, of which a float32 copy of 16 MiB is made at on
 
 def takes(x: Tensor) -> bool:
     """Whether x is of a dtype that this CPU does not multiply."""
-    if torch.compiler.is_compiling() or x.dtype not in _HALF or x.device.type != "cpu" or type(x) not in _PLAIN:
-        return False
-    return not multiplies(x.dtype)
+    return x.dtype in _HALF and plain.is_plain(x) and not multiplies(x.dtype)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
@@ -32,7 +31,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor
     if not turned and x.numel() < _MANY * x.shape[-1]:
         return plain.linear(x, weight, bias, out=out)
     y = x.new_empty(*x.shape[:-1], weight.shape[0]) if out is None else out
-    for rows, result in zip(x.reshape(-1, x.shape[-1]).split(_ROWS), y.view(-1, y.shape[-1]).split(_ROWS), strict=True):
+    given, computed = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+    for tokens in _parts(given):
+        rows, result = given[tokens], computed[tokens]
         if turned:
             sums = rows.new_zeros(result.shape, dtype=torch.float32)
             for part in plain.blocks(weight.t(), _NUMBERS):
@@ -49,8 +50,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor
 def skinny_product(x: Tensor, m: Tensor, *, alpha: float, onto: Tensor | None) -> Tensor:
     wide = m.float()
     y = x.new_empty(len(x), m.shape[1]) if onto is None else onto
-    for start in range(0, len(x), _ROWS):  # `split` gives views that autograd lets nobody write into
-        rows, result = x[start : start + _ROWS], y[start : start + _ROWS]
+    for tokens in _parts(x):
+        rows, result = x[tokens], y[tokens]
         if onto is None:
             product = rows.float() @ wide
             result.copy_(product if alpha == 1 else product.mul_(alpha))
@@ -61,6 +62,11 @@ def skinny_product(x: Tensor, m: Tensor, *, alpha: float, onto: Tensor | None) -
 
 def transposed_product(p: Tensor, x: Tensor) -> Tensor:
     y = torch.zeros(p.shape[1], x.shape[1], dtype=torch.float32, device=p.device)
-    for left, right in zip(p.split(_ROWS), x.split(_ROWS), strict=True):
-        y.addmm_(left.t().float(), right.float())
+    for tokens in _parts(p):
+        y.addmm_(p[tokens].t().float(), x[tokens].float())
     return y
+
+
+def _parts(x: Tensor) -> Iterator[slice]:
+    """The tokens of `x: (T, n)`, as many as are copied at once."""
+    return plain.blocks(x, _ROWS * x.shape[1])
