@@ -31,7 +31,7 @@ from decoders import model_of
 from labelled import masked_batch
 from patching import patch_all
 
-DEVICE, STEPS = "other", 22  # in the first ten or twenty, layers are refreshed in turns
+DEVICE, ROUND, STEPS = "other", 2, 6  # in the first two rounds, layers are refreshed in turns
 NOTHING = Known((), frozenset())
 
 
@@ -128,6 +128,7 @@ def _pretend(patch: pytest.MonkeyPatch, *, one_call: bool) -> None:
     patch_all(patch, "celora.modeling.graft:in_dispatch_mode", lambda: False)
     patch_all(patch, "celora.modeling.graft:has_numbers", lambda tensor: True)
     patch_all(patch, "celora.modeling.fused:_FEWEST_TOKENS", 0)
+    patch_all(patch, "celora.runtime.attachment:FIRST_ROUND", ROUND)
     patch.setattr(plain, "why_no_integers", lambda device: "")
     patch.setattr(device, "_EXACT", device._EXACT | {DEVICE})
     patch_all(patch, "celora.numerics.sampling:uniform", _drawn)  # there is no generator for such a device

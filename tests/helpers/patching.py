@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 import sys
 from importlib import import_module
@@ -25,6 +26,7 @@ def patch_all(patch: pytest.MonkeyPatch, target: str, value: object) -> None:
             patch.setattr(other, name, value)
 
 
+@functools.cache  # reading all sources takes longer than many a test
 def _import_readers(name: str) -> None:
     """Import what imports this name. A module that is first imported during the test would keep the replacement."""
     imports = re.compile(rf"^from celora\S* import .*\b{name}\b|^    {name},$", re.MULTILINE)

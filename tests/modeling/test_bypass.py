@@ -19,6 +19,7 @@ from celora import CELoraConfig, CELoraError
 from celora.modeling.bypass import only_calls_base
 from celora.runtime.attachment import find, require
 from forked import code, run
+from patching import patch_all
 from small import make_base, make_model, train
 
 HALF = CELoraConfig(keep_ratio=0.5, rank=4, refresh_every=3)
@@ -72,8 +73,9 @@ def test_adapters_that_multiply_with_a_weight_of_their_own_are_skipped() -> None
 
 
 @pytest.mark.skipif(not hasattr(peft, "SupertuningConfig"), reason="this version of PEFT has no Super-Tuning")
-def test_nothing_hooks_a_base_layer_that_is_never_called() -> None:
-    """PEFT warns of hooks on such a layer, once for each layer."""
+def test_nothing_hooks_a_base_layer_that_is_never_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT warns of hooks on such a layer, once for each layer. On this CPU, frozen layers get another forward."""
+    patch_all(monkeypatch, "celora.machine.cpu:multiplies", lambda dtype: False)
     model = get_peft_model(make_base(), peft.SupertuningConfig(target_modules=["q_proj", "up_proj"]))
     with pytest.warns(UserWarning, match="no layer can be estimated"):
         report = celora.attach(model, "exact")

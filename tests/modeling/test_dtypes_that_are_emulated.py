@@ -111,9 +111,79 @@ def test_evaluation_is_not_emulated_but_for_a_few_tokens() -> None:
 
 
 def test_a_float32_model_is_left_as_it_is() -> None:
-    model = make_model().train()
+    plain, model = make_model().train(), make_model().train()
     notes = celora.attach(model, "exact").notes
     assert not [note for note in notes if "no instructions" in note]
+    layers = (made.base_model.model.model.layers[0].mlp.up_proj.base_layer for made in (plain, model))
+    x = torch.randn(16, model.config.hidden_size)
+    expected, found = (layer(x) for layer in layers)
+    assert found.equal(expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("targets", [{}, ATTENTION], ids=["all layers", "two of seven"])
+@pytest.mark.parametrize("preset", ["exact", "paper", "auto", "fast"])
+def test_no_product_is_emulated_under_autocast(
+    preset: str, targets: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As TRL's trainer trains a model in float32, unless told otherwise. With few tokens, too."""
+    monkeypatch.setattr(widened, "_MANY", 1)
+    monkeypatch.setattr("celora.modeling.fused._FEWEST_TOKENS", 10**9)
+    model = make_model(**targets).train()
+
+    def step() -> None:
+        model.zero_grad()
+        with torch.autocast("cpu", dtype):
+            loss = model(**make_batch(0)).loss
+        loss.backward()
+
+    def evaluate() -> None:
+        with torch.no_grad(), torch.autocast("cpu", dtype):
+            model.eval()(**make_batch(0))
+        model.train()
+
+    assert emulated(step)
+    in_evaluation = len(emulated(evaluate))
+    celora.attach(model, preset, head_keep_ratio=0.3)
+    step()  # tries the layers, and refreshes
+    assert emulated(step) == []
+    # Evaluation has PEFT's own adapters, of two products each.
+    assert in_evaluation - len(emulated(evaluate)) == 2 * 7 + 1
+    celora.detach(model)
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert len(emulated(evaluate)) == in_evaluation
+
+
+def test_autocast_rounds_what_it_rounds_without() -> None:
+    """A backward inside autocast, too. float32 without autocast is the judge."""
+    for targets in ({}, ATTENTION):
+        plain, model = (make_model(**targets).train() for _ in range(2))
+        judge = gradients(plain)
+        with torch.autocast("cpu", torch.bfloat16):
+            expected = gradients(plain)
+        celora.attach(model, "exact")
+        with torch.autocast("cpu", torch.bfloat16):
+            found = gradients(model)
+        assert found.keys() == expected.keys() == judge.keys()
+        for name, value in judge.items():
+            assert (found[name] - value).norm() <= 2 * (expected[name] - value).norm() + 1e-6 * value.norm(), name
+
+
+def test_a_layer_under_autocast_has_autocast_s_dtype() -> None:
+    model = make_model(**ATTENTION).train()
+    celora.attach(model, "exact")
+    layer = model.base_model.model.model.layers[0].mlp.up_proj
+    with torch.autocast("cpu", torch.bfloat16):
+        for dtype, expected in ((torch.float32, torch.bfloat16), (torch.float16, torch.bfloat16)):
+            x = torch.randn(16, layer.in_features).to(dtype).requires_grad_()
+            y = layer(x)
+            y.sum().backward()
+            assert (y.dtype, x.grad.dtype if x.grad is not None else None) == (expected, dtype)
+            judge = x.detach().to(expected).float() @ layer.weight.t()
+            # Both roundings to bfloat16, and no other: that of the sum, relative to it.
+            assert (y.float() - judge).abs().max() <= torch.finfo(torch.bfloat16).eps * judge.abs().max()
+        one = layer(torch.randn(layer.in_features))  # few tokens, and a weight of another dtype
+        assert one.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("preset", ["exact", "fast"])

@@ -311,16 +311,17 @@ def test_the_default_device_does_not_matter() -> None:
 
 
 def test_a_layer_is_called_once_for_its_trial_and_no_hook_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[int] = []
+    calls: list[nn.Module] = []
     tried = trial._tried
-    patch_all(monkeypatch, "celora.modeling.trial:_tried", lambda *args: calls.append(1) or tried(*args))
+    patch_all(monkeypatch, "celora.modeling.trial:_tried", lambda *args: calls.append(args[0]) or tried(*args))
     model, seen = make_model().train(), []
     base_of(model).register_forward_hook(lambda *_: seen.append(1))
     for preset in ("exact", HALF, "exact"):
         celora.attach(model, preset, padding_free=False)
     gradients(model)
     gradients(model)
-    assert len(calls) == 14
+    assert len(calls) == len(set(calls))
+    assert len(set(calls) - {model.get_output_embeddings()}) == 14  # some CPUs have a faster product for that one, too
     assert len(seen) == 2
 
 

@@ -95,7 +95,7 @@ def test_the_untouched_model_knows_something() -> None:
 
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(demo_model())
-    model = AutoModelForCausalLM.from_pretrained(demo_model())
+    model = AutoModelForCausalLM.from_pretrained(demo_model(), dtype=torch.float32)
     held = splits(0, test=64).test
     score = label_accuracy(model, tokenizer, sentiment.to_rows(held))
     assert 0.6 < score < 0.95  # 64 sentences

@@ -83,7 +83,7 @@ def takes_floats(x: Tensor) -> bool:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
     if not (weight.is_contiguous() or weight.t().is_contiguous()):
         weight = weight.contiguous()  # other layouts meet a reference kernel that takes a thousand times as long
-    y: Tensor = borrow(_LINEAR)(x, weight, bias, "none", [], "")
+    y: Tensor = borrow(_LINEAR)(x, weight.to(x.dtype), bias, "none", [], "")
     return y if out is None else out.copy_(y)
 
 

@@ -271,7 +271,10 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor, *, transposed: bool) -> Tens
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
-    """`x W^T + b` of `x: (..., in)` and `weight: (out, in)`, all of one dtype: (..., out), in `out` if it is given."""
+    """`x W^T + b` of `x: (..., in)` and `weight: (out, in)`: (..., out), in `out` if it is given.
+
+    All of x's dtype but the weight, which is cast if it has another one.
+    """
     found: Tensor = choose("linear", x).run(x, weight, bias, out=out)
     return found
 

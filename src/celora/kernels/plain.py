@@ -90,6 +90,7 @@ def rounded_up(count: int, total: int, step: int) -> int:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, out: Tensor | None) -> Tensor:
+    weight = weight.to(x.dtype)
     if out is None:
         return x @ weight.t() if bias is None else torch.nn.functional.linear(x, weight, bias)
     torch.mm(x, weight.t(), out=out)

@@ -26,9 +26,21 @@ def takes(x: Tensor) -> bool:
     return x.dtype in _HALF and plain.is_plain(x) and not multiplies(x.dtype)
 
 
+def takes_autocast(weight: Tensor) -> bool:
+    """Whether autocast multiplies this weight in a dtype that this CPU does not multiply."""
+    return weight.dtype == torch.float32 and plain.is_plain(weight) and not multiplies(torch.bfloat16)
+
+
+def autocasts() -> bool:
+    """Whether autocast is on, to a dtype that this CPU does not multiply."""
+    if not torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+        return False
+    return not multiplies(torch.get_autocast_dtype("cpu"))
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
     turned = weight.stride(0) == 1 != weight.stride(1)  # its columns are together in memory, and are copied together
-    if not turned and x.numel() < _MANY * x.shape[-1]:
+    if not turned and weight.dtype == x.dtype and x.numel() < _MANY * x.shape[-1]:
         return plain.linear(x, weight, bias, out=out)
     y = x.new_empty(*x.shape[:-1], weight.shape[0]) if out is None else out
     given, computed = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])

@@ -1,8 +1,8 @@
 """The forward of a frozen layer, `y = x W^T + b`, where another product than torch's own is faster in its dtype.
 
-In: the layer's input, (..., in). Out: its output, (..., out), of the same dtype, the layer's own to rounding. In
-evaluation and generation a float32 layer gives the bits that it gives without celora. A layer in a dtype that the CPU
-does not multiply is computed in float32 there, too, where no gradient is asked for.
+In: the layer's input, (..., in). Out: its output, (..., out), in the same dtype or autocast's, the layer's own to
+rounding. In evaluation and generation a float32 layer gives the bits that it gives without celora. What is in a dtype
+that the CPU does not multiply, or autocast to it, is computed in float32 there, too, where no gradient is asked for.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
+from celora.kernels import widened
 from celora.kernels.backends import choose
 from celora.kernels.operations import linear
-from celora.modeling.graft import LayerGraft, in_dispatch_mode
+from celora.modeling.bypass import own_product
+from celora.modeling.graft import LayerGraft, in_dispatch_mode, without_autocast
 from celora.modeling.hooks import has_another_s_forward
 from celora.modeling.own_forward import OwnForward
 from celora.modeling.switch import Switch
@@ -60,26 +62,31 @@ class FloatForward(OwnForward):
     def forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
         x = args[0] if len(args) == 1 and not kwargs else None
         # A wrapper that came later, as accelerate's, may put other weights in for each call.
-        if is_trainable(module) or has_another_s_forward(module) or torch.is_autocast_enabled("cpu"):
-            return type(module).forward(module, *args, **kwargs)
-        weight = weight_for(module)
+        weight = None if is_trainable(module) or has_another_s_forward(module) else weight_for(module)
         if weight is None or not _fits(x, weight):
             return type(module).forward(module, *args, **kwargs)
-        if not module.training:  # a gradient of any order is the model's own there
-            if torch.is_grad_enabled() or choose("linear", x).name != "float32":
-                return type(module).forward(module, *args, **kwargs)
-            return linear(x, weight, bias_of(module))
-        y: Tensor = _Forward.apply(x, weight, bias_of(module))  # type: ignore[no-untyped-call]
-        return y
+        if torch.is_autocast_enabled("cpu"):
+            x = x.to(torch.get_autocast_dtype("cpu"))
+        product = choose("linear", x).name
+        # In evaluation, a gradient of any order is the model's own.
+        if product == "torch" or not (module.training or (product == "float32" and not torch.is_grad_enabled())):
+            return type(module).forward(module, *args, **kwargs)
+        with without_autocast("cpu"):
+            if not module.training:
+                return linear(x, weight, bias_of(module))
+            y: Tensor = _Forward.apply(x, weight, bias_of(module))  # type: ignore[no-untyped-call]
+            return y
 
 
 def other_layers(model: nn.Module) -> Iterator[nn.Module]:
     """The frozen linear layers of `model` that have no such forward yet, and that it makes faster.
 
-    They have no adapter, or one that takes PEFT's own path.
+    They have no adapter, or one that takes PEFT's own path and calls its base layer.
     """
-    tuners = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    parts = {part for tuner in tuners for part in {*tuner.modules()} - {*tuner.get_base_layer().modules()}}
+    parts: set[nn.Module] = set()
+    for tuner in model.modules():
+        if isinstance(tuner, BaseTunerLayer):
+            parts |= {*tuner.modules()} - (set() if own_product(tuner) else {*tuner.get_base_layer().modules()})
     for module in model.modules():
         frozen = isinstance(module, nn.Linear | Conv1D) and module not in parts and not is_trainable(module)
         if frozen and "forward" not in module.__dict__ and weight_for(module) is not None:
@@ -87,22 +94,24 @@ def other_layers(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def weight_for(module: nn.Module) -> Tensor | None:
-    """The weight of this linear layer, (out, in), if another product than torch's is faster with it.
+    """The weight of this linear layer, (out, in), if another product than torch's is faster with it or under autocast.
 
     None also if no trial shows that the class's forward computes `x W^T + b`. A copy, or a layer with another weight,
     is tried once, but not where something looks at every operator.
     """
     weight = plain_weight(module)
-    if weight is None or choose("linear", weight).name == "torch":
+    if weight is None or (choose("linear", weight).name == "torch" and not widened.takes_autocast(weight)):
         return None
     return weight if was_tried(module) or (not in_dispatch_mode() and unlike(module) == "") else None
 
 
 def _fits(x: object, weight: Tensor) -> TypeGuard[Tensor]:
     """Whether x is a plain tensor with tokens that the layer's own forward would multiply with this weight."""
-    if type(x) is not Tensor or not x.numel() or x.shape[-1] != weight.shape[1]:
+    if type(x) is not Tensor or not x.numel() or x.shape[-1] != weight.shape[1] or x.device != weight.device:
         return False
-    return (x.dtype, x.device) == (weight.dtype, weight.device)
+    if torch.is_autocast_enabled("cpu"):
+        return widened.autocasts() and x.is_floating_point() and torch.float64 not in (x.dtype, weight.dtype)
+    return x.dtype == weight.dtype
 
 
 class _Forward(torch.autograd.Function):
@@ -118,6 +127,7 @@ class _Forward(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         (transposed,) = ctx.saved_tensors
-        grad_x = None if transposed is None else linear(grad_output, transposed)
+        with without_autocast("cpu"):
+            grad_x = None if transposed is None else linear(grad_output, transposed)
         grad_bias = grad_output.reshape(-1, grad_output.shape[-1]).sum(0) if ctx.needs_input_grad[2] else None
         return grad_x, None, grad_bias

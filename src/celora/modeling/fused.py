@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.fsdp import FSDPModule
 
+from celora.kernels import widened
 from celora.kernels.operations import linear, skinny_product, transposed_product
 from celora.kernels.packed import QuantisedRows
 from celora.modeling.adapter import Adapter, looked_at, made_of, parts_of, touched, vanilla_adapter
@@ -194,8 +195,10 @@ def _same(result: Tensor, output: Tensor) -> bool:
 
 
 def _enough(x: object) -> bool:
-    """Whether this is a tensor with enough tokens: with few tokens on CPU, PEFT's own path is faster."""
-    return isinstance(x, Tensor) and not (x.device.type == "cpu" and x.numel() < _FEWEST_TOKENS * x.shape[-1])
+    """Whether this is a tensor with enough tokens: with few on a CPU, PEFT's path is faster if not emulated."""
+    return isinstance(x, Tensor) and (
+        x.device.type != "cpu" or x.numel() >= _FEWEST_TOKENS * x.shape[-1] or widened.autocasts()
+    )
 
 
 def lora_linear(

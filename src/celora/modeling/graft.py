@@ -218,7 +218,7 @@ class LayerGraft(Measured, Hook):
         if isinstance(weight, DTensor) and not len(grad_output):  # gather with the others, for a token of zeros
             return LayerGraft.grad_input(self, grad_output.new_zeros(1, grad_output.shape[1]), weight, mode)[:0]
         if mode is Mode.EXACT:
-            return linear(grad_output, whole(weight, grad_output.dtype).t())
+            return linear(grad_output, whole(weight, grad_output.dtype).detach().t())
         if isinstance(weight, DTensor) and (mode is Mode.OBSERVE or self.estimator.needs_whole(weight)):
             weight = whole(weight, grad_output.dtype)
         if torch.compiler.is_compiling() and not (mode is Mode.ESTIMATE and self.estimator.traceable):
@@ -243,7 +243,7 @@ class LayerGraft(Measured, Hook):
                 "require(model).clock.advance() after each step (from celora.runtime.attachment import require).",
             )
         self.tokens, self.dtype = max(self.tokens, len(grad_output)), str(grad_output.dtype).removeprefix("torch.")
-        exact = linear(grad_output, weight.to(grad_output.dtype).t())
+        exact = linear(grad_output, weight.detach().t())
         if self.estimator.ready:
             self.measure(self.estimator.estimate(grad_output, weight), exact)
         self.estimator.observe(grad_output, weight, exact)

@@ -34,6 +34,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from celora.errors import CELoraError
+from celora.kernels import widened
 from celora.kernels.backends import choose
 from celora.kernels.operations import column_maxima, linear, softmax_rows
 from celora.machine.device import reads_freely
@@ -186,9 +187,11 @@ def mean_logits(hidden: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | Non
 
 
 def _compute_dtype(hidden: Tensor) -> torch.dtype:
-    """The dtype of the head's products: autocast's, if it is on."""
+    """The dtype of the head's products: autocast's, if it is on and the device multiplies it."""
     device = hidden.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    if not torch.is_autocast_enabled(device) or (device == "cpu" and widened.autocasts()):
+        return hidden.dtype
+    return torch.get_autocast_dtype(device)
 
 
 def _chosen(hidden: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:

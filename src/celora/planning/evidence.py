@@ -42,7 +42,7 @@ def _time_kind(layers: list[Layer]) -> dict[LayerConfig, float]:
     for setting in dict.fromkeys([EXACT, *needed]):
         estimator = layer.make(setting)
         if not estimator.ready:
-            estimator.observe(grad, weight, linear(grad, weight.to(grad.dtype).t()))
+            estimator.observe(grad, weight, linear(grad, weight.detach().t()))
             estimator.select()
         calls[setting] = functools.partial(estimator.estimate, grad, weight)
     measured = interleaved({str(i): call for i, call in enumerate(calls.values())}, repeats=7, device=weight.device)

@@ -7,6 +7,7 @@ from collections.abc import Collection
 
 import torch
 
+from celora.kernels.backends import choose
 from celora.machine.timing import slower_than_float32
 from celora.modeling.float_forward import FloatForward, weight_for
 from celora.modeling.own_forward import OwnForward
@@ -40,12 +41,13 @@ def whole_model_notes(
         rest = f"; PEFT's own path in {len(apart)}: {apart[0]}" if apart else ""
         notes.append(f"LoRA fused with its base layer in {len(layers) - len(apart)} of {len(layers)} layers{rest}.")
     own = (module for module in found.model.modules() if isinstance(module.__dict__.get("forward"), FloatForward))
-    faster = {weight.dtype for module in own if (weight := weight_for(module)) is not None}
-    if torch.float32 in faster:
-        notes.append("Float32 products are oneDNN's: on this CPU they are faster than torch's own.")
-    for dtype in faster.intersection(_HALF):
-        name = str(dtype).removeprefix("torch.")
-        notes.append(f"Products of {name} are computed in float32: this CPU has no instructions for them.")
+    weights = (weight for module in own if (weight := weight_for(module)) is not None)
+    for product, dtype in sorted({(choose("linear", weight).name, str(weight.dtype)) for weight in weights}):
+        if product == "onednn":
+            notes.append("Float32 products are oneDNN's: on this CPU they are faster than torch's own.")
+        elif product == "float32":
+            name = dtype.removeprefix("torch.")
+            notes.append(f"Products of {name} are computed in float32: this CPU has no instructions for them.")
     if known:
         counts = Counter(kind.name for kind in known)
         saved = "; activations saved for the backward in 8 bits, attention's in 16" if compact else ""

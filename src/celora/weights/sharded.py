@@ -16,8 +16,9 @@ _gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tenso
 
 
 def whole(weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """The whole weight in `dtype`: itself, or gathered if it is sharded. It is cast before it is sent."""
-    weight = weight if dtype is None else weight.to(dtype)
+    """The whole weight: itself or, if it is sharded, gathered in `dtype`. It is cast before it is sent."""
+    if dtype is not None and isinstance(weight, DTensor):
+        weight = weight.to(dtype)
     return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 

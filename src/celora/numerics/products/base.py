@@ -111,7 +111,7 @@ class Native(Product):
         onto: Tensor | None = None,
     ) -> Tensor:
         kept = grad_output if index is None else grad_output.index_select(0, index)
-        y = linear(kept, weight.to(kept.dtype).t())
+        y = linear(kept, weight.detach().t())
         if index is None:
             return y
         onto = grad_output.new_zeros(grad_output.shape[0], weight.shape[1]) if onto is None else onto
