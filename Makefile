@@ -50,8 +50,8 @@ NUMERICS := tests/test_attaching.py tests/weights tests/kernels tests/numerics t
 # The same as on an older CPU, with a third of the generated models. A limit for another CPU:
 # make test-plain LIMITS="ONEDNN_MAX_CPU_ISA=AVX512_CORE".
 LIMITS ?= ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 CELORA_KERNELS=0
-# A graph calls the products as operators, Triton's kernels run in an interpreter, and the assembler needs no CPU.
-AS_THERE := $(addprefix --deselect=tests/,whole/test_compile.py kernels/test_jitted.py kernels/test_offline.py)
+# Triton's kernels run in an interpreter, and the assembler needs no CPU.
+AS_THERE := $(addprefix --deselect=tests/kernels/,test_jitted.py test_offline.py)
 
 test-plain: $(TEST)
 	@env DIFFERENTIAL_CASES=100 $(LIMITS) $(BIN)/python -m pytest $(SIDE_BY_SIDE) $(NUMERICS) $(AS_THERE)

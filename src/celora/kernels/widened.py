@@ -44,18 +44,19 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor
         return plain.linear(x, weight, bias, out=out)
     y = x.new_empty(*x.shape[:-1], weight.shape[0]) if out is None else out
     given, computed = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
-    for tokens in _parts(given):
-        rows, result = given[tokens], computed[tokens]
-        if turned:
-            sums = rows.new_zeros(result.shape, dtype=torch.float32)
-            for part in plain.blocks(weight.t(), _NUMBERS):
-                torch.addmm(sums, rows[:, part].float(), weight[:, part].float().t(), out=sums)
-            result.copy_(sums if bias is None else sums.add_(bias.float()))
-        else:
-            wide = rows.float()
-            for part in plain.blocks(weight, _NUMBERS):
-                of_bias = None if bias is None else bias[part].float()
-                result[:, part] = torch.nn.functional.linear(wide, weight[part].float(), of_bias)
+    with torch.autocast("cpu", enabled=False):
+        for tokens in _parts(given):
+            rows, result = given[tokens], computed[tokens]
+            if turned:
+                sums = rows.new_zeros(result.shape, dtype=torch.float32)
+                for part in plain.blocks(weight.t(), _NUMBERS):
+                    torch.addmm(sums, rows[:, part].float(), weight[:, part].float().t(), out=sums)
+                result.copy_(sums if bias is None else sums.add_(bias.float()))
+            else:
+                wide = rows.float()
+                for part in plain.blocks(weight, _NUMBERS):
+                    of_bias = None if bias is None else bias[part].float()
+                    result[:, part] = torch.nn.functional.linear(wide, weight[part].float(), of_bias)
     return y
 
 

@@ -21,7 +21,7 @@ from celora.kernels import widened
 from celora.kernels.backends import choose
 from celora.kernels.operations import linear
 from celora.modeling.bypass import own_product
-from celora.modeling.graft import LayerGraft, in_dispatch_mode, without_autocast
+from celora.modeling.graft import LayerGraft, in_dispatch_mode
 from celora.modeling.hooks import has_another_s_forward
 from celora.modeling.own_forward import OwnForward
 from celora.modeling.switch import Switch
@@ -71,11 +71,10 @@ class FloatForward(OwnForward):
         # In evaluation, a gradient of any order is the model's own.
         if product == "torch" or not (module.training or (product == "float32" and not torch.is_grad_enabled())):
             return type(module).forward(module, *args, **kwargs)
-        with without_autocast("cpu"):
-            if not module.training:
-                return linear(x, weight, bias_of(module))
-            y: Tensor = _Forward.apply(x, weight, bias_of(module))  # type: ignore[no-untyped-call]
-            return y
+        if not module.training:
+            return linear(x, weight, bias_of(module))
+        y: Tensor = _Forward.apply(x, weight, bias_of(module))  # type: ignore[no-untyped-call]
+        return y
 
 
 def other_layers(model: nn.Module) -> Iterator[nn.Module]:
@@ -119,7 +118,7 @@ class _Forward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        # As the class's forward saves it: gradient checkpointing may repeat one by the other.
+        # As the class's forward saves it without autocast: gradient checkpointing may repeat one by the other.
         ctx.save_for_backward(weight.t() if ctx.needs_input_grad[0] else None)
         return linear(x, weight, bias).data  # not a view, so that the caller may change it in place
 
@@ -127,7 +126,6 @@ class _Forward(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         (transposed,) = ctx.saved_tensors
-        with without_autocast("cpu"):
-            grad_x = None if transposed is None else linear(grad_output, transposed)
+        grad_x = None if transposed is None else linear(grad_output, transposed)
         grad_bias = grad_output.reshape(-1, grad_output.shape[-1]).sum(0) if ctx.needs_input_grad[2] else None
         return grad_x, None, grad_bias

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from celora.kernels.operations import linear
 from celora.modeling.families import column
 from celora.numerics.head import Logits
 from celora.weights.sharded import whole
@@ -142,7 +143,7 @@ class Probe:
             kept = hidden[:, self.positions].to(given.device)
             forms = _forms(settings(config), capped=False)
             self._before = next((form for form in forms if _same(form(kept), given)), None)
-            if not _close(output, F.linear(given.to(weight.device), weight, bias)):
+            if not _is_product(output, given.to(weight.device), weight, bias):
                 self._before = None
             self._shown = sweep(output)
         return self._shown.clone()  # a model may change its logits in place
@@ -192,6 +193,16 @@ def _made_by(form: _Form, z: Tensor, y: Tensor) -> bool:
 
 def _same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
+def _is_product(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether y is `x W^T + b`. Under autocast, celora's own forward of the head may have left W as it is."""
+    if _close(y, F.linear(x, weight, bias)):
+        return True
+    if not torch.is_autocast_enabled(x.device.type):
+        return False
+    with torch.autocast(x.device.type, enabled=False):
+        return _close(y, linear(x.to(y.dtype), weight, bias))
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

@@ -145,7 +145,7 @@ class _Entropy(torch.autograd.Function):
         product: Int8BothWays | None,
     ) -> Tensor:
         ctx.save_for_backward(entropy, hidden, rows, weight, bias)
-        ctx.logits, ctx.product, ctx.dtype = logits, product, _compute_dtype(hidden)
+        ctx.logits, ctx.product, ctx.dtype = logits, product, _compute_dtype(hidden, weight)
         return entropy.clone()
 
     @staticmethod
@@ -186,12 +186,12 @@ def mean_logits(hidden: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | Non
     return logits.scale * (means if bias is None else means + bias.mean(dtype=torch.float32))
 
 
-def _compute_dtype(hidden: Tensor) -> torch.dtype:
-    """The dtype of the head's products: autocast's, if it is on and the device multiplies it."""
+def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """The dtype of the head's products: autocast's, if it is on, or the weight's if the CPU does not multiply that."""
     device = hidden.device.type
-    if not torch.is_autocast_enabled(device) or (device == "cpu" and widened.autocasts()):
+    if not torch.is_autocast_enabled(device):
         return hidden.dtype
-    return torch.get_autocast_dtype(device)
+    return weight.dtype if device == "cpu" and widened.autocasts() else torch.get_autocast_dtype(device)
 
 
 def _chosen(hidden: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
@@ -244,7 +244,7 @@ class _Scores(torch.autograd.Function):
         compare: Callable[[Tensor, Tensor, Tensor, Tensor | None], None] | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         device = hidden.device.type
-        dtype = _compute_dtype(hidden)
+        dtype = _compute_dtype(hidden, weight)
         count, wanted, real = len(rows), ctx.needs_input_grad[0], rows
         if count and reads_freely(hidden.device):  # an accelerator's gather asserts the same
             least, most = (int(bound) for bound in targets.aminmax())
