@@ -202,6 +202,7 @@ def test_a_head_is_known_whether_or_not_autocast_rounds_its_weight() -> None:
         with torch.autocast("cpu", torch.bfloat16):
             y = linear(x, rounded)
             assert _is_product(y, x.float(), weight, None)
+            assert not _is_product(y, x.float(), weight, torch.ones(32))
             assert not _is_product(y, x.float(), weight.roll(1, 0), None)
             assert not _is_product(y * 1.05, x.float(), weight, None)
     exact, other = linear(x, weight), linear(x, weight.bfloat16())

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from celora.kernels import widened
 from celora.kernels.operations import linear
 from celora.modeling.families import column
 from celora.numerics.head import Logits
@@ -199,10 +200,10 @@ def _is_product(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> bo
     """Whether y is `x W^T + b`. Under autocast, celora's own forward of the head may have left W as it is."""
     if _close(y, F.linear(x, weight, bias)):
         return True
-    if not torch.is_autocast_enabled(x.device.type):
+    if not widened.autocasts():
         return False
     with torch.autocast(x.device.type, enabled=False):
-        return _close(y, linear(x.to(y.dtype), weight, bias))
+        return _close(y, linear(x.to(y.dtype), weight, None if bias is None else bias.to(y.dtype)))
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
