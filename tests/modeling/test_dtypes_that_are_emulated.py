@@ -53,9 +53,12 @@ def emulated(call: Callable[[], object]) -> list[tuple[str, torch.dtype, int]]:
     return [(name, dtype, rows) for name, dtype, rows in seen.found if dtype != torch.float32 and rows]
 
 
-def gradients(model: PeftModel) -> dict[str, Tensor]:
+def gradients(model: PeftModel, autocast: torch.dtype | None = None) -> dict[str, Tensor]:
+    """What a step gives the parameters; its forward is autocast to this dtype."""
     model.zero_grad()
-    model(**make_batch(0)).loss.backward()
+    with torch.autocast("cpu", autocast, enabled=autocast is not None):
+        loss = model(**make_batch(0)).loss
+    loss.backward()
     return {name: p.grad.clone().double() for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -137,22 +140,16 @@ def test_no_product_is_emulated_under_autocast(
     monkeypatch.setattr("celora.modeling.fused._FEWEST_TOKENS", 10**9)
     model = make_model(**targets).train()
 
-    def step() -> None:
-        model.zero_grad()
-        with torch.autocast("cpu", dtype):
-            loss = model(**make_batch(0)).loss
-        loss.backward()
-
     def evaluate() -> None:
         with torch.no_grad(), torch.autocast("cpu", dtype):
             model.eval()(**make_batch(0))
         model.train()
 
-    assert emulated(step)
+    assert emulated(lambda: gradients(model, dtype))
     in_evaluation = len(emulated(evaluate))
     celora.attach(model, preset, head_keep_ratio=0.3)
-    step()  # tries the layers, and refreshes
-    assert emulated(step) == []
+    gradients(model, dtype)  # tries the layers, and refreshes
+    assert emulated(lambda: gradients(model, dtype)) == []
     # Evaluation has PEFT's own adapters, of two products each.
     assert in_evaluation - len(emulated(evaluate)) == 2 * 7 + 1
     celora.detach(model)
@@ -165,14 +162,8 @@ def test_a_base_in_8_bits_is_not_emulated_under_autocast(monkeypatch: pytest.Mon
     model = make_model().train()
     celora.quantise_base(model)
     celora.attach(model, "exact")
-
-    def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = model(**make_batch(0)).loss
-        loss.backward()
-
-    step()
-    assert emulated(step) == []
+    gradients(model, torch.bfloat16)
+    assert emulated(lambda: gradients(model, torch.bfloat16)) == []
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -184,10 +175,7 @@ def test_gradient_checkpointing_under_autocast(reentrant: bool) -> None:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
             model.enable_input_require_grads()
         celora.attach(model, "exact")
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = model(**make_batch(0)).loss
-        loss.backward()
-        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+        found.append(gradients(model, torch.bfloat16))
     once, twice = found
     assert once.keys() == twice.keys()
     assert all(grad.equal(once[name]) for name, grad in twice.items())

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -60,13 +60,11 @@ class FloatForward(OwnForward):
             self._module = weakref.ref(module)
 
     def forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
-        x = args[0] if len(args) == 1 and not kwargs else None
         # A wrapper that came later, as accelerate's, may put other weights in for each call.
         weight = None if is_trainable(module) or has_another_s_forward(module) else weight_for(module)
-        if weight is None or not _fits(x, weight):
+        x = None if weight is None or len(args) != 1 or kwargs else _operand(args[0], weight)
+        if weight is None or x is None:
             return type(module).forward(module, *args, **kwargs)
-        if torch.is_autocast_enabled("cpu"):
-            x = x.to(torch.get_autocast_dtype("cpu"))
         product = choose("linear", x).name
         # In evaluation, a gradient of any order is the model's own.
         if product == "torch" or not (module.training or (product == "float32" and not torch.is_grad_enabled())):
@@ -104,13 +102,17 @@ def weight_for(module: nn.Module) -> Tensor | None:
     return weight if was_tried(module) or (not in_dispatch_mode() and unlike(module) == "") else None
 
 
-def _fits(x: object, weight: Tensor) -> TypeGuard[Tensor]:
-    """Whether x is a plain tensor with tokens that the layer's own forward would multiply with this weight."""
+def _operand(x: object, weight: Tensor) -> Tensor | None:
+    """What is multiplied with this weight: x, or what autocast makes of it.
+
+    None if x is no plain tensor with tokens that the layer's own forward would multiply, or autocast is torch's.
+    """
     if type(x) is not Tensor or not x.numel() or x.shape[-1] != weight.shape[1] or x.device != weight.device:
-        return False
-    if torch.is_autocast_enabled("cpu"):
-        return widened.autocasts() and x.is_floating_point() and torch.float64 not in (x.dtype, weight.dtype)
-    return x.dtype == weight.dtype
+        return None
+    if not torch.is_autocast_enabled("cpu"):
+        return x if x.dtype == weight.dtype else None
+    casts = widened.autocasts() and x.is_floating_point() and torch.float64 not in (x.dtype, weight.dtype)
+    return x.to(torch.get_autocast_dtype("cpu")) if casts else None
 
 
 class _Forward(torch.autograd.Function):
