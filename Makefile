@@ -10,6 +10,9 @@ LOWEST := .venv-lowest
 # Workers have one thread each. A file's tests share what its fixtures made, so they stay together.
 SIDE_BY_SIDE ?= --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
+# Processes that tests start, and the second run, read bytecode in place of compiling anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-plain test-lowest test-lowest-library test-lowest-app test-newest lint docs bench clean
 
@@ -50,8 +53,9 @@ NUMERICS := tests/test_attaching.py tests/weights tests/kernels tests/numerics t
 # The same as on an older CPU, with a third of the generated models. A limit for another CPU:
 # make test-plain LIMITS="ONEDNN_MAX_CPU_ISA=AVX512_CORE".
 LIMITS ?= ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 CELORA_KERNELS=0
-# Triton's kernels run in an interpreter, and the assembler needs no CPU.
-AS_THERE := $(addprefix --deselect=tests/kernels/,test_jitted.py test_offline.py)
+# What these limits do not touch: Triton's interpreter, the assembler, how weights are read, graphs of torch's operators.
+AS_THERE := $(addprefix --deselect=tests/,kernels/test_jitted.py kernels/test_offline.py weights \
+	$(addprefix whole/test_compile.py::test_,inductor refreshes_that_take_turns a_compiled_decoder))
 
 test-plain: $(TEST)
 	@env DIFFERENTIAL_CASES=100 $(LIMITS) $(BIN)/python -m pytest $(SIDE_BY_SIDE) $(NUMERICS) $(AS_THERE)

@@ -1,6 +1,6 @@
 """Whatever is trained, and however, `exact` is PEFT: losses and gradients of generated cases, and what is left behind.
 
-300 cases by default, always the same. HYPOTHESIS_PROFILE=nightly trains 3,000 new ones, or DIFFERENTIAL_CASES of them.
+200 cases by default, always the same. HYPOTHESIS_PROFILE=nightly trains 3,000 new ones, or DIFFERENTIAL_CASES of them.
 A failing case is printed as a call that can be put into `FOUND`.
 """
 
@@ -384,7 +384,7 @@ def test_a_case_is_printed_as_the_call_that_makes_it() -> None:
 
 
 # The profile's own numbers are for the four tests of test_input.py, whose cases are faster.
-CASES = {"ci": 300, "nightly": 3_000}[os.environ.get("HYPOTHESIS_PROFILE", "ci")]
+CASES = {"ci": 200, "nightly": 3_000}[os.environ.get("HYPOTHESIS_PROFILE", "ci")]
 
 
 @settings(max_examples=int(os.environ.get("DIFFERENTIAL_CASES", CASES)), suppress_health_check=list(HealthCheck))
