@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import celora.studies.compare as compare_module
 from celora.studies.compare import compare
-from celora.train.dtype import for_device, settle_dtype
+from celora.train.dtype import dtype_to_use, for_device, settle_dtype
 from celora.train.loading import load_model
 from celora.train.request.arguments import make_request, parse
 from celora.train.run import train
@@ -112,6 +112,24 @@ def test_what_was_named_is_kept(inputs: dict[str, str], emulated: None, tmp_path
     request = parse(["--config", str(tmp_path / "run.yaml")], inputs)
     args = SimpleNamespace(device=CPU, bf16=False, fp16=False)
     assert settle_dtype(request, args)[0].lora["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("inputs", ["bfloat16", "float16", "float32"], indirect=True)
+@pytest.mark.parametrize("multiplied", [True, False])
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16", "float32"])
+def test_what_is_emulated_here_is_used_in_float32(
+    inputs: dict[str, str], dtype: str, multiplied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An adapter may be trained in bfloat16 on one machine, and used on another."""
+    patch_all(monkeypatch, "celora.machine.cpu:multiplies", lambda dtype: multiplied)
+    own = json.loads((Path(inputs["model"]) / "config.json").read_text())["dtype"]
+    half = (own if dtype == "auto" else dtype) != "float32"
+    request = make_request(inputs | {"dtype": dtype})
+    assert dtype_to_use(request, CPU) == ("float32" if half and not multiplied else dtype)
+    assert dtype_to_use(request, torch.device("cuda")) == dtype
+    assert dtype_to_use(make_request(inputs | {"dtype": dtype, "load_in_8bit": True}), CPU) == dtype
+    patch_all(monkeypatch, "celora.machine.memory:available_memory", lambda device: 0)
+    assert dtype_to_use(request, CPU) == dtype
 
 
 def test_mixed_precision_is_the_users_choice(inputs: dict[str, str], emulated: None) -> None:

@@ -69,12 +69,14 @@ def test_without_a_tokenizer_of_its_own_an_adapter_has_that_of_its_bases_revisio
     assert asked == [(str(folder), "main"), ("owner/name", "v2")]
 
 
-def test_the_settled_dtype_is_the_runs(folder):
+@pytest.mark.parametrize(("multiplied", "used"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_the_settled_dtype_is_the_runs_unless_it_is_emulated_here(folder, monkeypatch, multiplied, used):
+    patch_all(monkeypatch, "celora.machine.cpu:multiplies", lambda dtype: multiplied)
     record = json.loads((folder / "run.json").read_text())
     record["lora"]["dtype"] = "bfloat16"
     (folder / "run.json").write_text(json.dumps(record))
     assert request_of(folder, {}, None).lora["dtype"] == "bfloat16"
-    assert load_trained(folder).model.dtype == torch.bfloat16
+    assert load_trained(folder).model.dtype == used
 
 
 @pytest.mark.parametrize(

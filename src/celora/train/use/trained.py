@@ -10,9 +10,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from celora.errors import CELoraError
 from celora.files import read_json
 from celora.machine.device import default_device
+from celora.train.dtype import dtype_to_use
 from celora.train.loading import check_model_folder, load_adapter, load_model, read_tokenizer, with_folder
 from celora.train.output.folder import RUN, OutputFolder
 from celora.train.request.arguments import TrainRequest, check_record, make_request
@@ -44,9 +47,11 @@ def load_trained(folder: Path, base: str | None = None) -> Trained:
     config = adapter_config(folder)
     request = request_of(folder, config, base)
     tokenizer = tokenizer_of(folder, request)
+    device = torch.device("cpu") if request.train.get("use_cpu") else default_device()
+    request = replace(request, lora=request.lora | {"dtype": dtype_to_use(request, device)})
     model = load_adapter(load_model(request), folder).eval()
-    if getattr(model, "hf_device_map", None) is None and not request.train.get("use_cpu"):
-        model.to(default_device())
+    if getattr(model, "hf_device_map", None) is None:
+        model.to(device)
     raw = (_record(folder) or {}).get("turns") is False
     return Trained(model, tokenizer, folder, str(request.given["model"]), raw)
 
