@@ -2,13 +2,15 @@
 
 `python -m benchmarks.kernels.both_ways` prints and writes `both_ways.jsonl`. It times the exact products; the 8-bit
 forward, with quantisation and with an input that another layer has quantised; the 8-bit backward from the same copy,
-and from a copy of its own. Everything is included. They take turns, and times are medians.
+and from a copy of its own. Everything is included. They take turns, and times are medians. `--dtypes float32` is for
+CPUs that emulate bfloat16.
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,14 +23,14 @@ SHAPES = [(576, 576), (1536, 576), (576, 1536), (1024, 1024), (2048, 2048), (409
 RESULTS = Path(__file__).with_name("both_ways.jsonl")
 
 
-def measure(out: int, inp: int, tokens: int, dtype: torch.dtype, repeats: int) -> dict[str, object]:
+def measure(out: int, inp: int, tokens: int, dtype: torch.dtype, repeats: int) -> dict[str, Any]:
     """One row: times in milliseconds, and the relative error of each direction."""
     generator = torch.Generator().manual_seed(0)
     weight = (torch.randn(out, inp, generator=generator) / inp**0.5).to(dtype)
     x, g = (torch.randn(tokens, n, generator=generator).to(dtype) for n in (inp, out))
     both = operations.pack_both_ways(weight, weight.float().abs().amax(1) / 127)
     own = operations.pack_weight(weight, weight.float().abs().amax(0) / 127)
-    quantised, nothing = both.quantise(x), {"position": None, "factors": None, "onto": None}
+    quantised, nothing = both.quantise(x), {"position": None, "onto": None}
     contenders = {
         "forward": lambda: x @ weight.t(),
         "backward": lambda: g @ weight,
@@ -51,12 +53,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     options = parser.parse_args()
     keep_freed_memory()
     found = []
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in options.dtypes:
         for out, inp in SHAPES:
-            row = measure(out, inp, options.tokens, dtype, options.repeats)
+            row = measure(out, inp, options.tokens, getattr(torch, dtype), options.repeats)
             print(row, flush=True)
             found.append(row | rows.conditions())
     rows.replace(RESULTS, found, ("out", "in", "dtype"))

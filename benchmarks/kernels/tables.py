@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,9 @@ def _estimators(*, amx: bool) -> str:
     return rows.markdown(["", *shapes], body) + f"\n\nT = {one['tokens']}, {one['dtype']}, {rows.where(one)}."
 
 
-def both_ways_amx() -> str:
-    """Forward and backward in 8 bits from one copy, over the exact products, by shape and dtype, with AMX."""
-    found = rows.select(HERE / "both_ways.jsonl", amx=True)
+def both_ways(*, amx: bool, **wanted: Any) -> str:
+    """Forward and backward in 8 bits from one copy, over the exact products, by shape and dtype."""
+    found = rows.select(HERE / "both_ways.jsonl", amx=amx, **wanted)
     body = []
     for row in found:
         time, error = row["time_ms"], row["error"]
@@ -171,7 +172,8 @@ def _quantised(what: str) -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "gpu_kernels": gpu_kernels,
-    "both_ways_amx": both_ways_amx,
+    "both_ways_amx": functools.partial(both_ways, amx=True),
+    "both_ways_avx2": functools.partial(both_ways, amx=False, cpu="AMD EPYC, family 25, model 1"),
     "compiled_offline": compiled_offline,
     "estimators": estimators,
     "with_amx": with_amx,

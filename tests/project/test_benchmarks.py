@@ -7,8 +7,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import rows
+from benchmarks.kernels import both_ways
 from benchmarks.scale.estimate import run_alone
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -71,6 +73,12 @@ def test_rows_of_another_device_are_another_machine_s() -> None:
 
 def test_the_name_of_a_file_of_rows_is_not_a_machine_s() -> None:
     assert [file.name for file in BENCHMARKS.glob("*/*.jsonl") if "amx" in file.name or "bfloat16-" in file.name] == []
+
+
+def test_both_directions_are_timed_in_the_same_turns() -> None:
+    row = both_ways.measure(48, 32, 8, torch.float32, 2)
+    assert row["time_ms"].keys() >= {"forward", "backward", "forward, 8 bits", "backward, 8 bits"}
+    assert all(0 < error < 0.05 for error in row["error"].values())
 
 
 def test_a_command_s_peak_is_its_own() -> None:
