@@ -53,7 +53,7 @@ NUMERICS := tests/test_attaching.py tests/weights tests/kernels tests/numerics t
 # The same as on an older CPU, with a third of the generated models. A limit for another CPU:
 # make test-plain LIMITS="ONEDNN_MAX_CPU_ISA=AVX512_CORE".
 LIMITS ?= ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 CELORA_KERNELS=0
-# What these limits do not touch: Triton's interpreter, the assembler, how weights are read, graphs of torch's operators.
+# What these limits do not touch: Triton's interpreter, the assembler, how weights are read, when graphs are made anew.
 AS_THERE := $(addprefix --deselect=tests/,kernels/test_jitted.py kernels/test_offline.py weights \
 	$(addprefix whole/test_compile.py::test_,inductor refreshes_that_take_turns a_compiled_decoder))
 
