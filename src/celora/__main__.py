@@ -16,7 +16,7 @@ def run() -> None:
     try:
         from celora.cli.missing import missing
 
-        if lacks := missing():
+        if lacks := missing(*sys.argv[1:2]):
             print(f"error: {lacks}", file=sys.stderr)
             sys.exit(2)
         from celora.cli.main import main

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import metadata
 
 import pytest
 
 from celora.__main__ import run
 from celora.cli.missing import missing
+from patching import patch_all
 
 NEEDS = [
     "torch>=2.8",
@@ -56,6 +58,30 @@ def test_what_is_missing_or_too_old_is_named(installed: dict[str, str], capsys: 
     assert line.startswith(
         'error: the command line needs trl>=1.16 (not 1.9.0), gguf; run: pip install "celora[app]" ('
     )
+
+
+def test_doctor_runs_all_the_same_and_says_it(
+    installed: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    del installed["gguf"]
+    patch_all(monkeypatch, "celora.studies.doctor:examine", dict)
+    patch_all(monkeypatch, "celora.studies.doctor:describe", lambda found: "found")
+    monkeypatch.setattr(sys, "argv", ["celora", "doctor"])
+    with pytest.raises(SystemExit) as left:
+        run()
+    assert left.value.code == 0
+    found, line = capsys.readouterr().out.strip().split("\n\n")
+    assert found == "found"
+    assert line.startswith(
+        'For other commands than doctor, the command line needs gguf; run: pip install "celora[app]"'
+    )
+
+
+def test_without_typer_no_command_runs(installed: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    del installed["gguf"]
+    assert missing("doctor") == ""
+    patch_all(monkeypatch, "celora.cli.missing:find_spec", lambda name: None)
+    assert missing("doctor") == missing() != ""
 
 
 def test_a_copy_that_was_never_installed_needs_what_it_imports(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ NEED_MORE = {"celora.kernels.triton.jitted", "celora.integrations.axolotl"}
 # Packages of the application that torch, Transformers and PEFT import themselves.
 OF_OTHERS = {"accelerate", "filelock", "yaml"}
 OF_PEFT = {"psutil"}
+OF_TRANSFORMERS = {"typer", "rich"}  # in most versions; `celora doctor` needs no more
 ALONE = """
 import importlib, sys
 for name in {blocked!r}:
@@ -43,6 +44,10 @@ print(celora.quantise_base(model))
 celora.attach(model, "exact")
 model(**batches[0]).loss.backward()
 celora.Callback()
+for name in {brought!r}:
+    del sys.modules[name]
+from celora.cli.main import main
+assert main(["doctor", "--quiet"]) == 0
 print("done")
 """
 
@@ -57,7 +62,7 @@ def test_the_library_works_without_the_application() -> None:
     blocked = {"yaml" if name == "pyyaml" else name for name in lowest("app")} - {*lowest(), *OF_OTHERS}
     assert {"trl", "datasets", "typer", "rich", "plotly", "pyarrow", "gguf"} == blocked
     own = [name for name in modules() if room(name) in LIBRARY and name not in NEED_MORE]
-    script = ALONE.format(blocked=sorted(blocked), modules=sorted(own))
+    script = ALONE.format(blocked=sorted(blocked), modules=sorted(own), brought=sorted(OF_TRANSFORMERS))
     path = os.pathsep.join([str(ROOT / "tests" / "helpers"), *sys.path])
     done = subprocess.run(
         [sys.executable, "-c", script],

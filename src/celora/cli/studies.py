@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from celora.cli.app import app
+from celora.cli.missing import missing
 from celora.cli.options import (
     COMPARED,
     TRLS,
@@ -193,3 +194,5 @@ def doctor(
         print_json(found)
     else:
         typer.echo("\n".join(found["advice"]) if quiet else describe(found))
+        if not quiet and (lacks := missing()):
+            typer.echo(f"\nFor other commands than doctor, {lacks}")
