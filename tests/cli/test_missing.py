@@ -16,9 +16,10 @@ NEEDS = [
     'torch>=2.11; extra == "app"',
     'trl>=1.16; extra == "app"',
     'gguf>=0.17; extra == "app"',
+    'typer>=0.19; extra == "app"',
     'pytest>=8; extra == "dev"',
 ]
-THERE = {"torch": "2.11.0+cpu", "trl": "1.17.0.dev0", "gguf": "0.17"}
+THERE = {"torch": "2.11.0+cpu", "trl": "1.17.0.dev0", "gguf": "0.17", "typer": "0.27"}
 
 
 @pytest.fixture
@@ -77,11 +78,9 @@ def test_doctor_runs_all_the_same_and_says_it(
     )
 
 
-def test_without_typer_no_command_runs(installed: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    del installed["gguf"]
-    assert missing("doctor") == ""
-    patch_all(monkeypatch, "celora.cli.missing:find_spec", lambda name: None)
-    assert missing("doctor") == missing() != ""
+def test_doctor_needs_typer(installed: dict[str, str]) -> None:
+    installed["typer"] = "0.12"
+    assert missing("doctor").startswith("the command line needs typer>=0.19 (not 0.12); run: ")
 
 
 def test_a_copy_that_was_never_installed_needs_what_it_imports(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,24 +1,23 @@
 """Says what the command line lacks where celora was installed as a library: `pip install celora` brings no application.
 
 The packages and their lowest versions are those of the extra `app` in pyproject.toml. A library's environment may have
-some of them, older than the command line needs. `celora doctor` runs without them: it is for every installation.
+some of them, older than the command line needs. `celora doctor` is for every installation: it needs typer alone, which
+most versions of Transformers bring.
 """
 
 from __future__ import annotations
 
 from importlib import metadata
-from importlib.util import find_spec
 
 from packaging.requirements import Requirement
 
 
 def missing(command: str = "") -> str:
     """One line with the packages that `celora[app]` would install or replace, and how; '' if the command needs none."""
-    if command == "doctor" and find_spec("typer"):
-        return ""
     try:
         needs = map(Requirement, metadata.requires("celora") or ())
-        lacks = [found for need in needs if (found := _lacks(need))]
+        asked = [need for need in needs if command != "doctor" or need.name == "typer"]
+        lacks = [found for need in asked if (found := _lacks(need))]
     except metadata.PackageNotFoundError:  # celora runs from its source, and nobody has written down what it needs
         return ""
     if not lacks:
