@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import celora
 from celora import CELoraConfig, CELoraError
-from celora.modeling.compiled import forward_product, grad_input, quantised
+from celora.modeling.compiled import forward_product, grad_input, quantised, rounded_rows
 from celora.modeling.graft import LayerGraft
 from celora.modeling.switch import Mode, Switch
 from celora.numerics.estimators import Columns
@@ -96,3 +96,5 @@ def test_graphs_are_promised_the_right_shape(layer: tuple[nn.Linear, LayerGraft]
             forward_product(gradient, None, None, 8, layer[1].key, torch.bfloat16, False),
         ):
             assert (found.shape, found.dtype) == ((5, 8), torch.bfloat16)
+        q, scale = rounded_rows(gradient)
+        assert (q.shape, q.dtype, scale.shape, scale.dtype) == ((5, 12), torch.int8, (5,), torch.float32)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from celora.errors import CELoraError
-from celora.kernels.operations import linear
+from celora.kernels.operations import linear, quantise_rows
 from celora.modeling.switch import Mode
 from celora.weights.read import read
 
@@ -89,6 +89,17 @@ def _(
     measures: bool,
 ) -> Tensor:
     return x.new_empty(*x.shape[:-1], out_features, dtype=dtype)
+
+
+@torch.library.custom_op("celora::rounded_rows", mutates_args=(), tags=_TAGS)
+def rounded_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`x: (T, n)` in 8 bits and the scales of its rows, by the kernels that a graph cannot contain."""
+    return quantise_rows(x)
+
+
+@rounded_rows.register_fake
+def _(x: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x, dtype=torch.int8), x.new_empty(len(x), dtype=torch.float32)
 
 
 def _read(key: int, dtype: torch.dtype) -> Tensor:

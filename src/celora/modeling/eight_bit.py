@@ -218,10 +218,6 @@ class _Forward(torch.autograd.Function):
         ctx.shape, ctx.dtype, ctx.graft = x.shape, x.dtype, graft
         if weight is not None and not torch.compiler.is_compiling():
             return multiplied(x, weight, bias, graft.key, dtype, measures)
-        product: Any = graft.estimator.product
-        if not measures and weight is not None and product.traceable:
-            in_graph: Tensor = product.forward(x, weight, bias, dtype)
-            return in_graph
         out_features = graft.estimator.out_features
         y: Tensor = forward_product(x, weight, bias, out_features, graft.key, dtype, measures)
         return y

@@ -31,8 +31,8 @@ from torch.distributed.fsdp import FSDPModule
 from celora.kernels import widened
 from celora.kernels.operations import linear, skinny_product, transposed_product
 from celora.kernels.packed import QuantisedRows
-from celora.kernels.recorded import rounded_rows
 from celora.modeling.adapter import Adapter, looked_at, made_of, parts_of, touched, vanilla_adapter
+from celora.modeling.compiled import rounded_rows
 from celora.modeling.eight_bit import EightBitForward
 from celora.modeling.graft import LayerGraft, remember, scripted, selectively_checkpointed, without_autocast
 from celora.modeling.switch import Switch

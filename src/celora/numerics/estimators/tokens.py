@@ -68,8 +68,7 @@ class Tokens(Estimator):
 
     @property
     def traceable(self) -> bool:
-        chooses = self.settings.selection == "topk" and self.settings.precision == "native"
-        return self.product.traceable and (self.keeps_all or chooses)
+        return self.product.traceable and self.settings.selection == "topk"
 
     @property
     def _waits_for_a_share(self) -> bool:

@@ -38,8 +38,6 @@ from torch import Tensor
 from celora.kernels.operations import pack_both_ways, skinny_product, squared_column_norms
 from celora.kernels.packed import BothWays, QuantisedRows
 from celora.kernels.plain import row_scales
-from celora.kernels.recorded import Recorded, product_in_graph, product_of_gradients, recorded
-from celora.machine.device import reads_freely
 from celora.numerics.inputs import LatestInput
 from celora.numerics.products.int8 import Int8Product, stored_bytes
 
@@ -79,15 +77,6 @@ class Int8BothWays(Int8Product):
         found = found.nan_to_num_(0, 0)  # a micro-batch that is not finite says nothing, and hides no other
         self._seen = found if self._seen is None else torch.maximum(self._seen, found)
 
-    @property
-    def traceable(self) -> bool:  # type: ignore[override]
-        """Whether the tensors of the copy stand in a graph: on accelerators, where CUDA graphs record products."""
-        return self._recorded is not None
-
-    def forget(self) -> None:
-        super().forget()
-        self._recorded: Recorded | None = None
-
     def take_sizes(self) -> list[int] | None:
         """`32 log2` of rms(x_j)^0.4 of all inputs since the latest call, and then of rms(W_j)^0.6: 2 in numbers.
 
@@ -105,12 +94,7 @@ class Int8BothWays(Int8Product):
         """From now on, scale the features of inputs by these levels; None: all features alike."""
         self.levels = None if levels is None else torch.tensor(levels, dtype=torch.int32, device="cpu")
         self._found = None
-        owner = None if self._made_of is None else self._made_of[0]()
-        # A graph that finds no copy would be one more. On accelerators the copy is made anew at once.
-        anew = owner is not None and not reads_freely(owner.device) and self._made_of_this(owner)
         self.forget()
-        if anew and owner is not None:
-            self._follow(owner)
 
     def unavailable(self, out_features: int, in_features: int, device: torch.device) -> str:
         return self.forward_unavailable(out_features, in_features, device) or super().unavailable(
@@ -128,26 +112,10 @@ class Int8BothWays(Int8Product):
 
         The result has this dtype, or x's. x itself is never cast: layers that share it share its 8-bit form.
         """
-        if self._recorded is not None and torch.compiler.is_compiling():
-            return product_in_graph(x, self._recorded, bias, dtype or x.dtype)
         packed = self._multiplied_with(weight)
         rows, out_features = _inputs.quantised(x, packed, self._apart(packed)), weight.shape[0]
         y = x.new_empty(*x.shape[:-1], out_features, dtype=dtype or x.dtype)  # not a view: FSDP2 cannot hook one
         _onto(packed, rows, bias, y.view(-1, out_features))
-        return y
-
-    def rows(
-        self,
-        grad_output: Tensor,
-        weight: Tensor,
-        index: Tensor | None,
-        *,
-        position: Tensor | None = None,
-        onto: Tensor | None = None,
-    ) -> Tensor:
-        if self._recorded is None or not torch.compiler.is_compiling():
-            return super().rows(grad_output, weight, index, position=position, onto=onto)
-        y: Tensor = product_of_gradients(grad_output, *self._recorded)  # what is traced multiplies all rows
         return y
 
     def latest_input(self, x: Tensor, weight: Tensor) -> QuantisedRows | None:
@@ -172,9 +140,7 @@ class Int8BothWays(Int8Product):
         return packed
 
     def _pack(self, weight: Tensor, scale: Tensor) -> BothWays:
-        packed = pack_both_ways(weight, scale, self._input_scale(weight.device))
-        self._recorded = None if reads_freely(weight.device) else recorded(packed)
-        return packed
+        return pack_both_ways(weight, scale, self._input_scale(weight.device))
 
     def _apart(self, packed: BothWays) -> Tensor | None:
         """The features that are multiplied apart, because these bytes are not scaled by their levels."""
