@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -124,6 +125,8 @@ def _commit() -> str:
     """Of this checkout, or the variable `CELORA_COMMIT` where the sources came without their history."""
     if said := os.environ.get("CELORA_COMMIT"):
         return said
+    if shutil.which("git") is None:
+        return "unknown"
     done = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"],
         cwd=Path(__file__).parent,

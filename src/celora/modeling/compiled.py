@@ -99,7 +99,9 @@ def rounded_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 @rounded_rows.register_fake
 def _(x: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x, dtype=torch.int8), x.new_empty(len(x), dtype=torch.float32)
+    return torch.empty_like(x, dtype=torch.int8), x.new_empty(
+        x.shape[0], dtype=torch.float32
+    )  # `len` would fix the length
 
 
 def _read(key: int, dtype: torch.dtype) -> Tensor:
