@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import celora
@@ -98,3 +99,13 @@ def test_graphs_are_promised_the_right_shape(layer: tuple[nn.Linear, LayerGraft]
             assert (found.shape, found.dtype) == ((5, 8), torch.bfloat16)
         q, scale = rounded_rows(gradient)
         assert (q.shape, q.dtype, scale.shape, scale.dtype) == ((5, 12), torch.int8, (5,), torch.float32)
+
+
+def test_rounded_rows_of_any_number_are_one_graph() -> None:
+    """`len` of a tensor without numbers would fix their number, and each other one would be another graph."""
+    counter = CompileCounter()
+    compiled = torch.compile(lambda x: rounded_rows(x)[1] * 2, backend=counter, dynamic=True, fullgraph=True)
+    for rows in (3, 5, 7):
+        assert compiled(torch.randn(rows, 12)).shape == (rows,)
+    assert counter.frame_count == 1
+    torch._dynamo.reset()
