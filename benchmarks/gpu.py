@@ -9,8 +9,9 @@
    how often a step waits for the GPU.
 
 Rows go to `kernels/gpu.jsonl` and `steps/gpu.jsonl`, each as soon as it is measured, and replace older rows of the same
-GPU. Then the tables of `docs/measured/gpu.md` are written. Nothing begins after `--minutes`; what is left out is named,
-and `--arms` measures it later. Without `.git`, `CELORA_COMMIT` says which commit this is.
+GPU. Then the tables of `docs/measured/gpu.md` are written. After `--minutes`, no training steps
+begin; what is left out is named, and `--arms` measures it later.
+Without `.git`, `CELORA_COMMIT` says which commit this is.
 It was written without a GPU: nothing here has been run on one.
 """
 
@@ -36,7 +37,7 @@ from celora.kernels.triton import proof
 def main(given: list[str] | None = None) -> None:
     deadline = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=7.5, help="begin nothing later")
+    parser.add_argument("--minutes", type=float, default=7.5, help="begin no steps later")
     parser.add_argument("--arms", nargs="+", choices=list(steps.ARMS), help="only the steps of these arms")
     chosen = parser.parse_args(given)
     deadline += 60 * chosen.minutes
