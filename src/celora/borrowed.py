@@ -32,6 +32,7 @@ NAMES: dict[str, str] = {
     "that)",
     "torch:_int_mm": "8-bit products are those of celora's own kernels only",
     "torch:_scaled_mm": "there are no fp8 products",
+    "torch._dynamo:mark_static_address": "CUDA graphs copy 8-bit weights at each replay",
     "torch.cpu:_init_amx": "AMX is counted on where the CPU has it, also if an old Linux forbids it",
     "torch:cuda._sleep": "times of short products on a GPU may be those of their launches",
     "torch:ops.mkldnn._linear_pointwise": "float32 products are MKL's, which is slow on AMD's Zen 5",

@@ -129,6 +129,12 @@ class BothWays(PackedWeight):
     def multiply(self, x: QuantisedRows, bias: Tensor | None, out: Tensor) -> Tensor:
         """`x W^T + bias`: (T, out), written into `out`, float32 or bfloat16, contiguous. `bias`: (out,) or None."""
 
+    def multiply_into(self, x: QuantisedRows, bias: Tensor | None, out: Tensor) -> Tensor:
+        """`multiply` for an `out` of any dtype."""
+        if out.dtype in (torch.float32, torch.bfloat16):
+            return self.multiply(x, bias, out)
+        return out.copy_(self.multiply(x, bias, torch.empty_like(out, dtype=torch.float32)))
+
     def dense(self, dtype: torch.dtype = torch.float32, index: Tensor | None = None) -> Tensor:
         """`diag(s) q`, (out, in), or its rows `index`: the weight that both directions multiply with."""
         scale = self.scale if index is None else self.scale[index]

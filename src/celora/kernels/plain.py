@@ -236,9 +236,14 @@ class IntegersBothWays(LibraryPacked, BothWays):
         return any(backend.run == IntegersBothWays.pack and backend.takes(stored.device) for backend in backends)
 
     def quantise(self, x: Tensor) -> QuantisedRows:
-        x = x if self.input_scale is None else x.float() * self.input_scale
-        q, scale = choose("quantise_rows", x).run(x, None, offset=0)
-        return QuantisedRows(q.view(torch.int8), scale, self.input_scale)
+        return self.rounded(x, self.input_scale)
+
+    @classmethod
+    def rounded(cls, x: Tensor, input_scale: Tensor | None) -> QuantisedRows:
+        """`quantise` for the weights with this `input_scale`."""
+        scaled = x if input_scale is None else x.float() * input_scale
+        q, scale = choose("quantise_rows", scaled).run(scaled, None, offset=0)
+        return QuantisedRows(q.view(torch.int8), scale, input_scale)
 
     def multiply(self, x: QuantisedRows, bias: Tensor | None, out: Tensor) -> Tensor:
         sums = integer_product(x.q, padded(self.q, 1).t())

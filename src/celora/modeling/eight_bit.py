@@ -87,6 +87,17 @@ class EightBitForward(FloatForward):
         """From now on, compute the layer's own forward."""
         self.exact = True
 
+    def keep_up(self) -> None:
+        """After an optimizer step: see to the copy that compiled graphs multiply with, where the weight is at hand."""
+        tuner, module = self._tuner(), self._module()
+        if tuner is None or tuner.merged or module is None or is_trainable(module):
+            return
+        weight = plain_weight(module)
+        if weight is None or weight.is_meta or isinstance(weight, DTensor) or weight.shape != shape_of(module):
+            return
+        if weight.untyped_storage().nbytes():
+            self.product.keep_up(weight, anew=self.switch.on and not self.exact)
+
     @property
     def reads_stored_bytes(self) -> bool:
         """Whether the layer computes in 8 bits and its weight is nowhere but in these."""
@@ -112,11 +123,15 @@ class EightBitForward(FloatForward):
         weight, bias, compiling = self.graft.weight(module, dtype), bias_of(module), torch.compiler.is_compiling()
         observes = module.training and self.graft.mode is Mode.OBSERVE and torch.is_grad_enabled()
         measures = observes and (compiling or not in_dispatch_mode())
-        if compiling or torch.is_grad_enabled():
-            y: Tensor = _Forward.apply(x, weight, bias, self.graft, dtype, measures)  # type: ignore[no-untyped-call]
-            return y
-        assert weight is not None
-        return multiplied(x, weight, bias, self.graft.key, dtype)
+        y: Tensor
+        if torch.is_grad_enabled():
+            y = _Forward.apply(x, weight, bias, self.graft, dtype, measures)  # type: ignore[no-untyped-call]
+        elif compiling:  # what looks at the weight, which may have changed since the latest step
+            y = forward_product(x, weight, bias, self.graft.estimator.out_features, self.graft.key, dtype, False)
+        else:
+            assert weight is not None
+            y = multiplied(x, weight, bias, self.graft.key, dtype)
+        return y
 
     def _takes(self, module: Any, x: Tensor) -> bool:
         """Whether the frozen weight is in memory, and the 8-bit product may multiply x with it."""
@@ -218,6 +233,10 @@ class _Forward(torch.autograd.Function):
         ctx.shape, ctx.dtype, ctx.graft = x.shape, x.dtype, graft
         if weight is not None and not torch.compiler.is_compiling():
             return multiplied(x, weight, bias, graft.key, dtype, measures)
+        product: Any = graft.estimator.product
+        if not measures and weight is not None and product.traceable:
+            in_graph: Tensor = product.forward_in_graph(x, bias, dtype)
+            return in_graph
         out_features = graft.estimator.out_features
         y: Tensor = forward_product(x, weight, bias, out_features, graft.key, dtype, measures)
         return y

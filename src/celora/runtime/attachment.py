@@ -197,8 +197,7 @@ class Attachment:
             bases = {name: tuner.get_base_layer() for name, tuner in self.grafted().items()}
             add_up([(graft, bases[name]) for name, graft in observing.items() if name in bases])
         for name, graft in observing.items():
-            error = graft.take_error()
-            if error is not None:
+            if (error := graft.take_error()) is not None:
                 errors[name] = error
                 if self.config.target_error is not None:
                     aim(graft.estimator, error, self.config.target_error)
@@ -218,6 +217,7 @@ class Attachment:
                 self.forwards.end_refresh(step, self._device())
             if self.config.most_error is not None:
                 self._move(errors, step)
+        self.forwards.keep_up()
         self._refreshed |= observing.keys()
         self.agree(list(observing))
         if new := self._given_up - already:

@@ -62,6 +62,12 @@ class Forwards(dict[str, EightBitForward | EightBitHead]):
                 stacklevel=2,
             )
 
+    def keep_up(self) -> None:
+        """After an optimizer step: see to the copies of weights that compiled graphs multiply with."""
+        for forward in self.values():
+            if isinstance(forward, EightBitForward):  # the head stays outside of graphs
+                forward.keep_up()
+
     def follow_inputs(self, device: torch.device | None) -> set[str]:
         """Tell each product the levels of its input features, if it does not know them. Returns the layers concerned.
 

@@ -147,8 +147,9 @@ class TiledBothWays(_Rows, IntegersBothWays):
     def fits(cls, stored: Tensor, out_features: int, in_features: int) -> bool:
         return not cannot_run(stored.device)
 
-    def quantise(self, x: Tensor) -> QuantisedRows:
-        return QuantisedRows(*quantise_rows(x, None, fold=self.input_scale), self.input_scale)
+    @classmethod
+    def rounded(cls, x: Tensor, input_scale: Tensor | None) -> QuantisedRows:
+        return QuantisedRows(*quantise_rows(x, None, fold=input_scale), input_scale)
 
     def multiply(self, x: QuantisedRows, bias: Tensor | None, out: Tensor) -> Tensor:
         return scaled_product(x.q, self.q.t(), x.scale, self.scale, out, bias=bias)

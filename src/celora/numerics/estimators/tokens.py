@@ -68,7 +68,8 @@ class Tokens(Estimator):
 
     @property
     def traceable(self) -> bool:
-        return self.product.traceable and self.settings.selection == "topk"
+        chooses = self.settings.selection == "topk" and self.settings.precision == "native"
+        return self.product.traceable and (self.keeps_all or chooses)
 
     @property
     def _waits_for_a_share(self) -> bool:

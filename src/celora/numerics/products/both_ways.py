@@ -38,6 +38,8 @@ from torch import Tensor
 from celora.kernels.operations import pack_both_ways, skinny_product, squared_column_norms
 from celora.kernels.packed import BothWays, QuantisedRows
 from celora.kernels.plain import row_scales
+from celora.kernels.recorded import Recorded, product_in_graph, product_of_gradients, recorded
+from celora.machine.device import reads_freely
 from celora.numerics.inputs import LatestInput
 from celora.numerics.products.int8 import Int8Product, stored_bytes
 
@@ -77,6 +79,15 @@ class Int8BothWays(Int8Product):
         found = found.nan_to_num_(0, 0)  # a micro-batch that is not finite says nothing, and hides no other
         self._seen = found if self._seen is None else torch.maximum(self._seen, found)
 
+    @property
+    def traceable(self) -> bool:  # type: ignore[override]
+        """Whether the tensors of the copy stand in a graph: on accelerators, where CUDA graphs record products."""
+        return self._recorded is not None
+
+    def forget(self) -> None:
+        super().forget()
+        self._recorded: Recorded | None = None
+
     def take_sizes(self) -> list[int] | None:
         """`32 log2` of rms(x_j)^0.4 of all inputs since the latest call, and then of rms(W_j)^0.6: 2 in numbers.
 
@@ -95,6 +106,18 @@ class Int8BothWays(Int8Product):
         self.levels = None if levels is None else torch.tensor(levels, dtype=torch.int32, device="cpu")
         self._found = None
         self.forget()
+
+    def keep_up(self, weight: Tensor, *, anew: bool) -> None:
+        """On an accelerator, whose graphs do not look at the weight, forget a copy that is not of this one.
+
+        `anew`: make one of this weight, if inputs are multiplied with it. Without, torch would compile another graph.
+        """
+        if not self.copy or reads_freely(weight.device):
+            return
+        if anew and self.levels is not None:
+            self._follow(weight)
+        elif not self._made_of_this(weight):
+            self.forget()
 
     def unavailable(self, out_features: int, in_features: int, device: torch.device) -> str:
         return self.forward_unavailable(out_features, in_features, device) or super().unavailable(
@@ -118,6 +141,26 @@ class Int8BothWays(Int8Product):
         _onto(packed, rows, bias, y.view(-1, out_features))
         return y
 
+    def rows(
+        self,
+        grad_output: Tensor,
+        weight: Tensor,
+        index: Tensor | None,
+        *,
+        position: Tensor | None = None,
+        onto: Tensor | None = None,
+    ) -> Tensor:
+        if self._recorded is None or not torch.compiler.is_compiling():
+            return super().rows(grad_output, weight, index, position=position, onto=onto)
+        assert index is None  # what is traced multiplies all rows
+        y: Tensor = product_of_gradients(grad_output, *self._recorded)
+        return y
+
+    def forward_in_graph(self, x: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """`forward` in a graph that records gradients, where the product is `traceable`."""
+        assert self._recorded is not None
+        return product_in_graph(x, self._recorded, bias, dtype)
+
     def latest_input(self, x: Tensor, weight: Tensor) -> QuantisedRows | None:
         """x in 8 bits, if the latest `forward` of any product had the input x; else None."""
         packed = self._multiplied_with(weight)
@@ -140,7 +183,9 @@ class Int8BothWays(Int8Product):
         return packed
 
     def _pack(self, weight: Tensor, scale: Tensor) -> BothWays:
-        return pack_both_ways(weight, scale, self._input_scale(weight.device))
+        packed = pack_both_ways(weight, scale, self._input_scale(weight.device))
+        self._recorded = None if reads_freely(weight.device) else recorded(packed)
+        return packed
 
     def _apart(self, packed: BothWays) -> Tensor | None:
         """The features that are multiplied apart, because these bytes are not scaled by their levels."""
@@ -210,10 +255,7 @@ def _onto(packed: BothWays, rows: QuantisedRows, bias: Tensor | None, out: Tenso
     """`rows W^T + bias`, written into `out`, even if the kernel lacks its dtype."""
     if out.shape[-1] != len(packed.scale):  # a kernel would write beside it
         raise RuntimeError(f"the copy has {len(packed.scale)} rows, and the weight {out.shape[-1]}: it is out of date.")
-    if out.dtype in (torch.float32, torch.bfloat16):
-        packed.multiply(rows, bias, out)
-    else:
-        out.copy_(packed.multiply(rows, bias, torch.empty_like(out, dtype=torch.float32)))
+    packed.multiply_into(rows, bias, out)
     if rows.apart is None or rows.values is None:
         return out
     columns = packed.columns(rows.apart) * packed.scale[:, None]
