@@ -7,6 +7,7 @@ import json
 import os
 
 import pytest
+import torch
 
 from asked import OWN, fails, write
 from celora.errors import CELoraError
@@ -158,6 +159,17 @@ def test_defaults_that_differ_from_trl():
     request = make_request(OWN)
     assert request.lora["dtype"] == "auto"
     assert request.lora["lora_target_modules"] == ["all-linear"]
+
+
+def test_copies_of_pinned_batches_do_not_wait(monkeypatch):
+    assert "accelerator_config" not in make_request(OWN).train
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    assert make_request(OWN).train["accelerator_config"] == {"non_blocking": True}
+    assert "accelerator_config" not in make_request({**OWN, "dataloader_pin_memory": False}).train
+    assert "accelerator_config" not in make_request({**OWN, "use_cpu": True}).train
+    own = {"even_batches": False}
+    assert make_request({**OWN, "accelerator_config": own}).train["accelerator_config"] == own
 
 
 def test_what_sftconfig_refuses_is_one_line():

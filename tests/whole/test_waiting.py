@@ -6,18 +6,23 @@ shows for free.
 
 from __future__ import annotations
 
+import traceback
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import celora
+import reads
 from celora.settings.presets import PRESETS, by_rule
 from labelled import masked_batch
 from machine import refuses
 from patching import patch_all
 from reads import Reads, Waits
+from runs import go, on_build
 from small import make_model
+from tiny import save_rows, save_tiny_model
 from without import without
 
 PRESET = {
@@ -59,6 +64,45 @@ def test_a_steady_step_reads_one_thing(preset: str) -> None:
         step(SETTLED)
     assert reads.seen == ["tolist"]
     assert waits.seen == []
+
+
+class Readers(Waits):
+    """Records the files whose code would wait, beside torch's."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = len(self.seen)
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        if len(self.seen) > before:
+            files = [Path(frame.filename) for frame in reversed(traceback.extract_stack())]
+            self.seen[before:] = [next(file.name for file in files if "torch" not in file.parts and file not in OURS)]
+        return result
+
+
+OURS = [Path(__file__), Path(reads.__file__)]
+
+
+@pytest.mark.usefixtures("as_accelerator")
+def test_in_a_steady_step_of_celora_train_only_trl_reads_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It reads sums for its metrics. From one forward to the next, nobody else reads: neither celora nor Trainer."""
+    modes: list[Readers] = []
+
+    def watch(trainer: Any) -> None:
+        usual = trainer.training_step
+
+        def step(*args: Any, **kwargs: Any) -> Any:
+            if modes:
+                modes[0].__exit__(None, None, None)
+            elif trainer.state.global_step == 2:
+                modes.append(Readers())
+                modes[0].__enter__()
+            return usual(*args, **kwargs)
+
+        trainer.training_step = step
+
+    on_build(monkeypatch, watch)
+    inputs = {"model": str(save_tiny_model(tmp_path / "model")), "data": str(save_rows(tmp_path / "rows.jsonl", 40))}
+    go(inputs, tmp_path / "out", max_steps=4, save_steps=4, celora={}, preset="exact", optim="sgd", logging_steps=4)
+    assert set(modes[0].seen) == {"sft_trainer.py"}
 
 
 ONES = torch.ones(3, dtype=torch.int64)

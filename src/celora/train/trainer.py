@@ -59,9 +59,13 @@ class Trainer(SafeSaving, AnswersOnly, SFTTrainer):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        """Like TRL's, timed while training."""
+        """Like TRL's, timed while training. The tokens that TRL counts for its metrics are those of the run's state."""
+        before = self._total_train_tokens
         with self.phases.timing("forward") if self.model.training else nullcontext():
-            return super().compute_loss(*args, **kwargs)
+            loss = super().compute_loss(*args, **kwargs)
+        if self.args.include_num_input_tokens_seen == "no":  # else Trainer counts, and waits for an accelerator again
+            self.state.num_input_tokens_seen += self._total_train_tokens - before
+        return loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Like TRL's, timed: the part outside `compute_loss` counts as backward."""

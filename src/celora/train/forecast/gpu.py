@@ -48,8 +48,9 @@ def on_cpu(request: TrainRequest, presets: tuple[str, ...]) -> TrainRequest:
         raise CELoraError(f"GPUs are estimated with preset {', '.join(_KNOWN)}, not with {other}")
     # A run on CUDA computes under autocast unless told otherwise. float16 is not for CPUs, and as large.
     halves = request.given.get("bf16", True) or request.given.get("fp16", False)
-    settings = {"use_cpu": True, "bf16": bool(halves), "fp16": False, "dataloader_pin_memory": False}
-    return replace(request, train=request.train | settings)
+    settings = {"use_cpu": True, "bf16": bool(halves), "fp16": False}
+    copies = {"dataloader_pin_memory": False, "accelerator_config": None}
+    return replace(request, train=request.train | settings | copies)
 
 
 def smallest(way: Way) -> int | None:

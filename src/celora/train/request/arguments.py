@@ -175,8 +175,6 @@ def make_request(raw: Mapping[str, object]) -> TrainRequest:
         train["eval_steps"] = values["logging_steps"]  # Trainer's own default
     elif "eval_steps" not in values and values.get("load_best_model_at_end"):
         train["eval_steps"] = train["save_steps"]  # every saved adapter needs an evaluation
-    if "include_num_input_tokens_seen" not in values and (train.get("packing") or train.get("padding_free")):
-        train["include_num_input_tokens_seen"] = "all"  # there is no padding, and the pad token may be eos
     config, r = estimator_config(options.preset, options.celora, lora["lora_r"])
     preset = options.preset or (None if options.celora else DEFAULT_PRESET)
     for name in PLANNING:
@@ -335,7 +333,9 @@ def device_defaults(values: Mapping[str, object]) -> dict[str, object]:
 
     cuda = torch.cuda.is_available() and not values.get("use_cpu")
     bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False) and not values.get("fp16")
-    return {"use_cpu": accelerator() is None, "bf16": bf16, "dataloader_pin_memory": cuda}
+    pinned = cuda and values.get("dataloader_pin_memory", True)
+    copies = {"accelerator_config": {"non_blocking": True}} if pinned else {}
+    return {"use_cpu": accelerator() is None, "bf16": bf16, "dataloader_pin_memory": cuda, **copies}
 
 
 def sft_config(request: TrainRequest) -> Any:

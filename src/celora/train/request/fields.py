@@ -42,13 +42,13 @@ DEFAULTS: dict[str, tuple[object, str]] = {
     "assistant_only_loss": (None, "a chat model should learn to answer; TRL also trains it to write what users say"),
     "report_to": ("none", "nothing leaves the machine unless asked"),
     "hub_strategy": ("end", "--push_to_hub uploads the finished adapter, once"),
-    "include_num_input_tokens_seen": ("non_padding", "tokens per second should count tokens"),
 }
 DEVICE_DEFAULTS = {
     "assistant_only_loss": "true for rows of messages, false in a file made for `trl sft`",
     "use_cpu": "true where torch finds no accelerator (CUDA, MPS, XPU ...)",
     "bf16": "true on a CUDA device that has it, false elsewhere",
     "dataloader_pin_memory": "true with CUDA only",
+    "accelerator_config": "where batches are pinned, their copies do not wait (non_blocking)",
 }
 # TRL's name -> celora's name, so that a `trl sft` configuration works.
 ALIASES = {"model_name_or_path": "model", "dataset_name": "data", "output_dir": "output"}
