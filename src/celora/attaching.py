@@ -27,7 +27,7 @@ from celora.modeling.hooks import remove
 from celora.modeling.language_model import check_module
 from celora.modeling.left_padding import OwnLoss
 from celora.modeling.model_graft import install
-from celora.modeling.own_forward import may_be_copied
+from celora.modeling.own_forward import OwnForward, may_be_copied
 from celora.modeling.passes import known as passes
 from celora.modeling.report import AttachReport, LayerReport
 from celora.modeling.survey import AdaptedLayer, Survey, survey
@@ -78,7 +78,6 @@ def attach(
     found, timed = survey(model), config in ("auto", "fast")
     plan, config = _settled(found, config, batches, changes)
     assigned = _assign(found, config)
-    known = passes.known(model) if config.fused else {}
     exact_head = config.exact_head or found.language_model is None
     report = AttachReport(tuple(layer for layer, _ in assigned.values()), config.refresh_every, exact_head=exact_head)
     attachment = find(model)
@@ -90,7 +89,7 @@ def attach(
         attachment = Attachment(model, config, report)
         for name, (_, estimator) in assigned.items():
             _graft_layer(found.layers[name], estimator, attachment)
-        for module, kind in known.items():
+        for module, kind in _passes(attachment, model).items():
             kind(attachment.switch).under(module)
         if (config.fused or attachment.grafts) and not may_be_copied():  # preset off changes nothing
             for module in other_layers(model):
@@ -112,14 +111,19 @@ def attach(
     slow = {estimator.product.slow(estimator.device) for estimator in estimators} - {""}
     head = None if attachment.forward is None else attachment.forward.eight_bit
     logits = found.language_model is not None and head is not None and head.takes(found.language_model.head.weight)
-    compact = attachment.switch.compact
+    compact, known = attachment.switch.compact, _passes(attachment, model).values()
     notes = (
-        *whole_model_notes(found, config, known.values(), estimates=estimates, compact=compact, logits=logits),
+        *whole_model_notes(found, config, known, estimates=estimates, compact=compact, logits=logits),
         *advice(found, config),
         *(f"Dense layers are faster here: {reason}." for reason in sorted(slow)),
     )
     attachment.report = dataclasses.replace(report, notes=notes)
     return attachment.report
+
+
+def _passes(attachment: Attachment, model: nn.Module) -> dict[nn.Module, type[OwnForward]]:
+    """The modules of the model that are computed in one pass, or whose inputs wait for the backward in 8 bits."""
+    return passes.known(model, compact=attachment.forwards.read_stored_bytes) if attachment.config.fused else {}
 
 
 def _settled(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,13 +14,17 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 
 import celora
 from celora import CELoraConfig, CELoraError
-from celora.kernels.operations import available
+from celora.kernels.backends import TABLE, Backend, available, backends_of
 from celora.machine.memory import saved_for_backward
 from celora.modeling.int8_base import original_weights
 from celora.modeling.int8_linear import Int8Linear
+from celora.modeling.passes.gate import Gate
+from celora.modeling.passes.norm import Norm
+from celora.modeling.passes.rotation import Rotation
 from celora.runtime.attachment import require
 from machine import refuses
 from small import adapter, make_base, make_batch, make_model, train
+from without import without
 
 FEW = ["q_proj", "down_proj"]  # tracing takes a second for each layer
 LORA = {"r": 8, "target_modules": "all-linear", "init_lora_weights": False}
@@ -164,6 +169,29 @@ def test_attached_both_ways_activations_are_saved_in_8_bits() -> None:
     for other, config in ((model, "exact"), (make_model().train(), BOTH)):
         assert note not in str(celora.attach(other, config, fused=True))
         assert not require(other).switch.compact
+
+
+def test_on_accelerators_norms_and_gates_save_in_8_bits_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By torch's operators, as this CPU computes here. Without a base in 8 bits they stay the model's own."""
+    if refuses():
+        return
+    without(monkeypatch, "c")
+    expected = quantised().train()
+    celora.attach(expected, BOTH, fused=True)
+    for operation in ("rms_norm", "rms_norm_backward", "gated", "gated_backward"):
+        monkeypatch.setitem(TABLE, operation, [Backend("torch", backends_of(operation)[-1].run)])
+    model, other = quantised().train(), make_model().train()
+    for attached in (model, other):
+        celora.attach(attached, BOTH, fused=True)
+    kinds, others = (Counter(type(m.__dict__.get("forward")) for m in each.modules()) for each in (model, other))
+    assert (kinds[Norm], kinds[Gate], kinds[Rotation], others[Norm], others[Gate]) == (5, 2, 0, 0, 0)
+    sizes = []
+    for trained in (expected, model):
+        with saved_for_backward(trained) as saved:
+            trained(**make_batch(0))
+        sizes.append(saved.nbytes)
+    assert sizes[1] < 0.75 * sizes[0]
+    assert 0.99 < cosine(gradients(model), gradients(expected)) < 1
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from celora.kernels import floats, onednn, plain, widened
+from celora.kernels import floats, onednn, plain, plain_passes, widened
 from celora.kernels.backends import Backend, available, choose, define
 from celora.kernels.c import attention as c_attention
 from celora.kernels.c import both as c_both
@@ -66,10 +66,26 @@ define(
     _triton("softmax_rows", launches.softmax_rows),
     Backend("torch", plain.softmax_rows),
 )
-define("rms_norm", Backend("c", c_rows.rms_norm, c.supported))
-define("rms_norm_backward", Backend("c", c_rows.rms_norm_backward, c.supported))
-define("gated", Backend("c", c_rows.gated, c.supported))
-define("gated_backward", Backend("c", c_rows.gated_backward, c.supported))
+define(
+    "rms_norm",
+    Backend("c", c_rows.rms_norm, c.supported),
+    Backend("torch", plain_passes.rms_norm, plain_passes.takes),
+)
+define(
+    "rms_norm_backward",
+    Backend("c", c_rows.rms_norm_backward, c.supported),
+    Backend("torch", plain_passes.rms_norm_backward, plain_passes.takes),
+)
+define(
+    "gated",
+    Backend("c", c_rows.gated, c.supported),
+    Backend("torch", plain_passes.gated, plain_passes.takes),
+)
+define(
+    "gated_backward",
+    Backend("c", c_rows.gated_backward, c.supported),
+    Backend("torch", plain_passes.gated_backward, plain_passes.takes),
+)
 define("rotate", Backend("c", c_rows.rotate, c.supported))
 define(
     "linear",

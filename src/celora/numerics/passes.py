@@ -30,7 +30,7 @@ def rms_norm(
     """`(offset + weight) x / sqrt(mean x^2 + eps)` along the last dimension of `x: (..., n)`; no gradient of `weight`.
 
     Args:
-        x: on CPU, in a dtype that the kernels take. Everything is computed in float32.
+        x: in a dtype that some backend takes. Everything is computed in float32.
         weight: (n,), contiguous, of the same dtype, frozen.
         rounds: whether the normalised x is rounded to its dtype before it is multiplied.
         in_8_bits: whether x waits for the backward in 8 bits.
@@ -61,7 +61,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def gated(gate: Tensor, up: Tensor, *, in_8_bits: bool = False) -> Tensor:
-    """`silu(gate) up` of two tensors (..., n), on CPU, in one dtype that the kernels take.
+    """`silu(gate) up` of two tensors (..., n), in one dtype that some backend takes.
 
     `in_8_bits`: whether they wait for the backward in 8 bits.
     """

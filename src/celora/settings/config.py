@@ -73,7 +73,7 @@ class CELoraConfig(LayerConfig):
         fused: compute a vanilla adapter and its base layer's backward as one autograd function (see
             `celora.modeling.fused`) and, on CPU, RMS norms, gates and rotary embeddings in one pass each (see
             `celora.modeling.passes.known`). With `forward="int8"` on a base in 8 bits, these and attention also save
-            activations for backward in fewer bits.
+            activations for backward in fewer bits; on accelerators, norms and gates do.
         labelled_head: while training, compute logits of tokens with a label only (see `celora.numerics.head`). The
             model's output then has a loss and no logits.
         padding_free: leave padding out of training batches (`celora.modeling.packing`); needs `labelled_head`.

@@ -1,4 +1,4 @@
-"""RMS norms, gates and rotations on CPU, each computed while the data is read once.
+"""RMS norms, gates and rotations, on CPU each computed while the data is read once.
 
 With torch's operators, an RMS norm and its backward read and write some twenty times the size of their input, and keep
 float32 copies of it. A SwiGLU gate and a rotary embedding do so more than ten times. Here, with
@@ -8,8 +8,8 @@ float32 copies of it. A SwiGLU gate and a rotary embedding do so more than ten t
     y = silu(gate) up,          grad_up = silu(gate) grad_y,     grad_gate = silu'(gate) up grad_y,
     y = q cos + half(q) sin,    grad_q = grad_y cos + half^T(grad_y sin),  half(q1, q2) = (-q2, q1),
 
-and only x, gate and up are saved for backward, in 8 bits if the switch says so. (On GPUs, Liger does this; celora
-does not.)
+and only x, gate and up are saved for backward, in 8 bits if the switch says so. On accelerators celora computes norms
+and gates by these formulas only to save them so; Liger reads the data once there.
 
 Modules keep their class. Each gets a `forward` of its own (`OwnForward`), which PyTorch calls instead of its class's:
 
@@ -24,12 +24,12 @@ replaced.
 
 from __future__ import annotations
 
-import itertools
+import functools
 
 import torch
 from torch import nn
 
-from celora.kernels.operations import available
+from celora.kernels.backends import available, choose
 from celora.modeling.hooks import has_another_s_forward
 from celora.modeling.own_forward import OwnForward, may_be_copied
 from celora.modeling.passes.gate import Gate, named_parts
@@ -37,25 +37,31 @@ from celora.modeling.passes.norm import Norm, epsilon
 from celora.modeling.passes.rotation import Rotation, calls_turn, turn_of, turns
 
 
-def known(model: nn.Module) -> dict[nn.Module, type[OwnForward]]:
+def known(model: nn.Module, *, compact: bool = False) -> dict[nn.Module, type[OwnForward]]:
     """The modules under `model` that get such a forward, each with the class of its forward.
 
-    There are none without compiled kernels, and none where models may be copied.
+    There are none where models may be copied. Where torch's operators compute it, there are none unless `compact`:
+    whether these forwards save in 8 bits.
     """
     found: dict[nn.Module, type[OwnForward]] = {}
-    if not available("rms_norm", torch.empty(1, device="cpu")) or may_be_copied():
+    if may_be_copied():
         return found
+    pays = functools.cache(functools.partial(_pays, compact=compact))
     for module in model.modules():
         kind = type(module)
-        if any(p.device.type != "cpu" for p in itertools.islice(module.parameters(), 1)):
-            continue
-        if has_another_s_forward(module):
+        device = next((p.device for p in module.parameters()), torch.device("cpu"))
+        if has_another_s_forward(module) or not pays("rms_norm", device):
             continue
         if kind.__name__.endswith("RMSNorm") and epsilon(module):
             if [name for name, _ in module.named_parameters()] == ["weight"]:
                 found[module] = Norm
         elif named_parts(module) is not None:
             found[module] = Gate
-        elif calls_turn(kind.forward) and turns(turn_of(kind.forward)):
+        elif pays("rotate", device) and calls_turn(kind.forward) and turns(turn_of(kind.forward)):
             found[module] = Rotation
     return found
+
+
+def _pays(operation: str, device: torch.device, *, compact: bool) -> bool:
+    like = torch.empty(1, device=device)
+    return available(operation, like) and (compact or choose(operation, like).name != "torch")

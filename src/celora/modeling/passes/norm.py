@@ -64,7 +64,7 @@ def epsilon(module: nn.Module) -> float:
 def recognise(module: Any) -> families.Norm | None:
     """Which family's RMS norm this is, found by a trial of its class's forward; None if it is none of them."""
     weight, eps = module.weight.detach(), epsilon(module)
-    x = numbers(4, len(weight)).to(weight.dtype)
+    x = numbers(4, len(weight)).to(weight)
     try:
         expected = type(module).forward(module, x)
     except Exception:  # it does not take this shape
