@@ -132,6 +132,9 @@ def gpu_kernels() -> str:
 def _gpu_kernels(found: list[dict[str, Any]]) -> str:
     body = []
     for row in found:
+        if "not_run" in row:
+            body.append([row["model"], row["operation"], f"not run: {row['not_run']}", *[""] * 3])
+            continue
         times = (row["times"].get(name) for name in ("triton", "torch", "bfloat16"))
         cells = ["" if time is None else f"{1e3 * time['time_ms']:,.0f}" for time in times]
         body.append([row["model"], row["operation"], *cells, "yes" if row["used"] else "no"])
