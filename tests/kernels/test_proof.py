@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -75,6 +76,19 @@ def test_a_product_that_is_off_is_found(
 
     monkeypatch.setattr(product, "scaled_product", off)
     assert said in proof.wrong("pack_weight", 9, 32, torch.float32, DEVICE, finite=True)
+
+
+@needs_triton
+@pytest.mark.parametrize("operation", ["quantise_rows", "pack_weight", "pack_both_ways", "pack_floats"])
+def test_where_rows_are_rounded_wrongly_no_product_is_used(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = launches.quantise_rows
+
+    def lower(x: Tensor, index: Tensor | None, **others: Any) -> tuple[Tensor, Tensor]:
+        q, scale = right(x, index, **others)
+        return (q.float() - 1).clamp(-127, 127).to(q.dtype), scale
+
+    monkeypatch.setattr(launches, "quantise_rows", lower)
+    assert proof.wrong(operation, 9, 32, torch.float32, DEVICE, finite=True) == "rounded to other numbers than torch"
 
 
 @pytest.fixture

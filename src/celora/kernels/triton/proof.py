@@ -201,15 +201,19 @@ def _forward(x: Tensor, generator: torch.Generator, pack: Pack) -> str:
     return _difference("forward", found, closed.to(x.dtype), _EIGHT_BITS)
 
 
+# Products quantise rows in a launch of their own, so each is also refused where that kernel is wrong.
 _CHECKS: dict[str, Callable[[Tensor, torch.Generator], str]] = {
     "quantise_rows": _quantise,
     "squared_row_norms": _row_norms,
     "squared_column_norms": _column_norms,
     "column_maxima": _column_maxima,
     "softmax_rows": _softmax,
-    "pack_weight": lambda x, g: _product(x, g, torch.int8) or _weight(x, g, product.TiledWeight.pack, torch.int8, 0),
+    "pack_weight": lambda x, g: (
+        _quantise(x, g) or _product(x, g, torch.int8) or _weight(x, g, product.TiledWeight.pack, torch.int8, 0)
+    ),
     "pack_both_ways": lambda x, g: (
-        _product(x, g, torch.int8)
+        _quantise(x, g)
+        or _product(x, g, torch.int8)
         or _weight(x, g, product.TiledBothWays.pack, torch.int8, 1)
         or _forward(x, g, product.TiledBothWays.pack)
     ),
