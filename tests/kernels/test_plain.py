@@ -141,6 +141,7 @@ def test_a_weight_is_packed_without_a_copy_in_float32(
     else:
         expected = (weight.float() / scale).to(q.dtype)
     assert q.stride(0) == 1
+    assert len(q) == 32  # a multiple of 16
     assert q[:24].view(torch.int8).equal(expected.view(torch.int8))
     assert not q[24:].view(torch.int8).any()
     assert max(size for size in floats.sizes if size != weight.numel() or dtype == torch.bfloat16) <= 100
