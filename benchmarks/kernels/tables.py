@@ -86,7 +86,7 @@ def quantised_kinds() -> str:
 
 def compiled_offline() -> str:
     """Registers, shared memory and spills of each Triton kernel, by compute capability."""
-    newest = max(row["triton"] for row in rows.read(offline.ROWS))
+    newest = offline.newest({row["triton"] for row in rows.read(offline.ROWS)})
     found = [row for row in rows.read(offline.ROWS) if row["triton"] == newest]
     by_kernel = {(row["kernel"], row["capability"]): row for row in found}
     body = []
