@@ -82,7 +82,7 @@ def wrong_attention(device: torch.device, dtype: torch.dtype) -> str:
     given = [torch.randn(1, heads, tokens, 64).to(device, dtype).requires_grad_() for heads in (8, 4, 4)]
     grad = torch.randn(1, tokens, 8, 64).to(device, dtype)
     begins = torch.tensor([0, *accumulate(LENGTHS)], dtype=torch.int32, device=device)
-    mask = varlen.block_mask(begins, tokens, dtype) if varlen.available(device) else None
+    mask = varlen.block_mask(begins, tokens, dtype, 64) if varlen.available(device) else None
     together = {"celora_lengths": LENGTHS, "cu_seq_lens_q": begins, "max_length_q": max(LENGTHS)}
 
     def results(out: Tensor, tensors: Sequence[Tensor], grad: Tensor) -> list[Tensor]:
