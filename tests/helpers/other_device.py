@@ -31,6 +31,7 @@ from decoders import model_of
 from labelled import masked_batch
 from orders import Orders
 from patching import patch_all
+from reads import copy_between
 
 DEVICE, ROUND, STEPS = "other", 2, 6  # in the first two rounds, layers are refreshed in turns
 NOTHING = Known((), frozenset())
@@ -85,10 +86,8 @@ class Copies(Orders):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = super().__torch_dispatch__(func, types, args, kwargs)
-        if func.overloadpacket in (torch.ops.aten._to_copy, torch.ops.aten.copy_):
-            source = args[0] if func.overloadpacket is torch.ops.aten._to_copy else args[1]
-            if source.device.type != found.device.type:
-                self.read.append(f"copy from {source.device.type} to {found.device.type}")
+        if copied := copy_between(func, args, found):
+            self.read.append(copied)
         return found
 
 
