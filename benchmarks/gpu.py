@@ -50,7 +50,7 @@ def main(given: list[str] | None = None) -> None:
     if chosen.arms is None:
         for row in kernels.time_kernels(device):
             rows.replace(kernels.ROWS, [row], ("operation", "model"))
-            print(f"{row['model']} {row['operation']}:", row["times"], flush=True)
+            print(f"{row['model']} {row['operation']}:", row.get("times") or row["not_run"], flush=True)
     steps.measure(chosen.arms or steps.ARMS, deadline)
     write_tables()
 

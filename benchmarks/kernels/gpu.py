@@ -18,6 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks import rows
 from benchmarks.kernels.roofline import MODELS, Llama
+from celora.errors import first_line
 from celora.kernels import floats
 from celora.kernels.backends import torch_alone
 from celora.kernels.triton import judged, proof
@@ -70,7 +71,7 @@ def _wrong(task: Task) -> str:
         with torch_alone():  # an earlier verdict must not make Triton its own reference
             return proof.wrong_somewhere(name, device, (dtype,))
     except Exception as error:  # as `wrong_somewhere` tells it: the other tasks go on
-        return f"failed: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        return f"failed: {type(error).__name__}: {first_line(error)}"
 
 
 def wrong_attention(device: torch.device, dtype: torch.dtype) -> str:
@@ -81,7 +82,7 @@ def wrong_attention(device: torch.device, dtype: torch.dtype) -> str:
     given = [torch.randn(1, heads, tokens, 64).to(device, dtype).requires_grad_() for heads in (8, 4, 4)]
     grad = torch.randn(1, tokens, 8, 64).to(device, dtype)
     begins = torch.tensor([0, *accumulate(LENGTHS)], dtype=torch.int32, device=device)
-    mask = varlen.block_mask(begins, tokens, dtype) if varlen.available(device) else None
+    mask = varlen.block_mask(begins, tokens, dtype, 64) if varlen.available(device) else None
     together = {"celora_lengths": LENGTHS, "cu_seq_lens_q": begins, "max_length_q": max(LENGTHS)}
 
     def results(out: Tensor, tensors: Sequence[Tensor], grad: Tensor) -> list[Tensor]:
@@ -111,19 +112,29 @@ def _each(tensors: Sequence[Tensor]) -> Tensor:
 def time_kernels(
     device: torch.device, models: Mapping[str, Llama] = MODELS, tokens: int = TOKENS
 ) -> Iterator[dict[str, Any]]:
-    """A row for each operation and model, for `up_proj` or the head: Triton, torch and, of products, bfloat16."""
+    """A row for each operation and model, for `up_proj` or the head: Triton, torch and, of products, bfloat16.
+
+    Torch's products are left out where they cannot run. What fails costs no other row: its own says why.
+    """
     known = judged.verdict(device)
     for model, shape in models.items():
         for operation in operations(device):
             weight = shape.words if operation == "softmax_rows" else shape.intermediate, shape.hidden
-            with torch_alone():  # contender `torch` asks the table for the passes around its product
-                calls = proof.contenders(operation, device, tokens, weight)
-                if operation.startswith("pack"):
-                    calls["bfloat16"] = _in_bfloat16(operation, device, tokens, weight)
-                times = interleaved(calls, repeats=REPEATS, device=device)
-            used = known is not None and operation in known.operations
             row = {"operation": operation, "model": model, "tokens": tokens, "out": weight[0], "in": weight[1]}
-            yield row | {"used": used, "times": times} | rows.conditions()
+            row["used"] = known is not None and operation in known.operations
+            try:
+                row["times"] = _times(operation, device, tokens, weight)
+            except Exception as error:  # this GPU or this version of Triton refuses it, or memory is short
+                row["not_run"] = f"{type(error).__name__}: {first_line(error)}"[:200]
+            yield row | rows.conditions()
+
+
+def _times(operation: str, device: torch.device, tokens: int, weight: tuple[int, int]) -> dict[str, dict[str, float]]:
+    with torch_alone():  # contender `torch` asks the table for the passes around its product
+        calls = proof.contenders(operation, device, tokens, weight)
+        if operation.startswith("pack"):
+            calls["bfloat16"] = _in_bfloat16(operation, device, tokens, weight)
+        return interleaved(calls, repeats=REPEATS, device=device)
 
 
 def _in_bfloat16(operation: str, device: torch.device, tokens: int, weight: tuple[int, int]) -> Callable[[], object]:

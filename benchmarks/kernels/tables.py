@@ -86,7 +86,7 @@ def quantised_kinds() -> str:
 
 def compiled_offline() -> str:
     """Registers, shared memory and spills of each Triton kernel, by compute capability."""
-    newest = max(row["triton"] for row in rows.read(offline.ROWS))
+    newest = offline.newest({row["triton"] for row in rows.read(offline.ROWS)})
     found = [row for row in rows.read(offline.ROWS) if row["triton"] == newest]
     by_kernel = {(row["kernel"], row["capability"]): row for row in found}
     body = []
@@ -132,6 +132,9 @@ def gpu_kernels() -> str:
 def _gpu_kernels(found: list[dict[str, Any]]) -> str:
     body = []
     for row in found:
+        if "not_run" in row:
+            body.append([row["model"], row["operation"], f"not run: {row['not_run']}", *[""] * 3])
+            continue
         times = (row["times"].get(name) for name in ("triton", "torch", "bfloat16"))
         cells = ["" if time is None else f"{1e3 * time['time_ms']:,.0f}" for time in times]
         body.append([row["model"], row["operation"], *cells, "yes" if row["used"] else "no"])

@@ -1,8 +1,9 @@
 """Training steps on a device that is not there, with fake tensors: they have shapes, dtypes, strides and a device.
 
 They have no numbers. The device is of the kind that torch keeps for backends written in Python. An operator that gets
-tensors of two devices raises. What a step reads gets an answer, and what it copies from one device to another is noted.
-All of this changes the process, so it needs one of its own.
+tensors of two devices raises, and so does a product in 8 bits whose operands do not lie as GPUs want them. What a step
+reads gets an answer, and what it copies from one device to another is noted. All of this changes the process, so it
+needs one of its own.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_impls import op_implementations_dict
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import backend_registration
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import celora
 from celora.kernels import plain
@@ -29,7 +29,9 @@ from celora.settings.presets import PRESETS
 from celora.weights import read as weights
 from decoders import model_of
 from labelled import masked_batch
+from orders import Orders
 from patching import patch_all
+from reads import copy_between
 
 DEVICE, ROUND, STEPS = "other", 2, 6  # in the first two rounds, layers are refreshed in turns
 NOTHING = Known((), frozenset())
@@ -75,7 +77,7 @@ def take_steps(preset: str, dtype: torch.dtype, one_call: bool) -> None:
     assert read == ["tolist"]
 
 
-class Copies(TorchDispatchMode):
+class Copies(Orders):
     """Notes in `read` what is copied from one kind of device to another, backward included."""
 
     def __init__(self, read: list[str]) -> None:
@@ -83,11 +85,9 @@ class Copies(TorchDispatchMode):
         self.read = read
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        if func.overloadpacket in (torch.ops.aten._to_copy, torch.ops.aten.copy_):
-            source = args[0] if func.overloadpacket is torch.ops.aten._to_copy else args[1]
-            if source.device.type != found.device.type:
-                self.read.append(f"copy from {source.device.type} to {found.device.type}")
+        found = super().__torch_dispatch__(func, types, args, kwargs)
+        if copied := copy_between(func, args, found):
+            self.read.append(copied)
         return found
 
 

@@ -36,9 +36,16 @@ class Reads(TorchFunctionMode):
 
 
 class Waits(TorchDispatchMode):
-    """Records operators that would wait, also when other code calls them, backward included."""
+    """Records operators that would wait, also when other code calls them, backward included.
 
-    WAIT = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "bincount", "_unique2")
+    A copy between two kinds of devices waits. On the CPU alone there is none.
+    """
+
+    WAIT = frozenset(
+        {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "bincount", "_unique2", "unique_dim",
+         "unique_consecutive", "unique_dim_consecutive", "_linalg_check_errors", "_linalg_eigh", "_linalg_eigvals",
+         "_linalg_svd", "linalg_eig", "linalg_lstsq", "linalg_pinv"}
+    )  # fmt: skip
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,6 +54,18 @@ class Waits(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.__name__.partition(".")[0]
         counts = name == "repeat_interleave" and (kwargs or {}).get("output_size") is None
+        found = func(*args, **(kwargs or {}))
         if name in self.WAIT or counts:
             self.seen.append(name)
-        return func(*args, **(kwargs or {}))
+        if copied := copy_between(func, args, found):
+            self.seen.append(copied)
+        return found
+
+
+def copy_between(func: Any, args: Any, found: Any) -> str:
+    """What an operator that gave `found` copied from one kind of device to another, or ''."""
+    if func.overloadpacket not in (torch.ops.aten._to_copy, torch.ops.aten.copy_):
+        return ""
+    source = args[0] if func.overloadpacket is torch.ops.aten._to_copy else args[1]
+    kinds = source.device.type, found.device.type
+    return "" if kinds[0] == kinds[1] else f"copy from {kinds[0]} to {kinds[1]}"

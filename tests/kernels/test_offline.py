@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -66,6 +67,20 @@ def test_what_is_complained_of(change: dict[str, object], said: str) -> None:
     assert len(complained) in (1, 2)
     assert said in complained[0]
     assert offline.complaints(row | {"registers": 110}, known) == []  # type: ignore[arg-type]
+
+
+def test_a_version_without_rows_is_compared_with_the_newest() -> None:
+    row: dict[str, Any] = {"kernel": "column_maxima", "capability": 86, "registers": 100, "spilled_bytes": 0}
+    row |= {"shared_bytes": 0, "instruction": ""}
+    known = {
+        (version, "column_maxima", 86): row | {"triton": version, "registers": registers}
+        for version, registers in (("3.10.0", 80), ("3.9.0", 100))
+    }
+    assert offline.complaints(row | {"triton": "3.11.0"}, known) == [
+        "column_maxima for 86: takes 100 registers, 80 before"
+    ]
+    assert offline.complaints(row | {"triton": "3.9.0"}, known) == []
+    assert offline.complaints(row | {"triton": "3.11.0"}, {}) == []
 
 
 def test_the_roofline_is_the_slower_of_memory_and_arithmetic() -> None:

@@ -15,6 +15,7 @@ from celora.kernels import plain
 from celora.kernels.backends import explain
 from celora.kernels.floats import ScaledFloats
 from celora.kernels.triton.product import TiledFloats, TiledWeight
+from orders import Orders
 from patching import patch_all
 from without import without
 
@@ -140,6 +141,60 @@ def test_a_weight_is_packed_without_a_copy_in_float32(
     else:
         expected = (weight.float() / scale).to(q.dtype)
     assert q.stride(0) == 1
+    assert len(q) == 32  # a multiple of 16
     assert q[:24].view(torch.int8).equal(expected.view(torch.int8))
     assert not q[24:].view(torch.int8).any()
     assert max(size for size in floats.sizes if size != weight.numel() or dtype == torch.bfloat16) <= 100
+
+
+def backward(weight: Any, x: Tensor) -> Tensor:
+    return weight.rows(x, None, position=None, onto=None)  # type: ignore[no-any-return]
+
+
+def forward(weight: Any, x: Tensor) -> Tensor:
+    return weight.multiply(weight.quantise(x), None, torch.empty(len(x), 32, device=x.device))  # type: ignore[no-any-return]
+
+
+PRODUCTS = [
+    (plain.Integers.pack, backward),
+    (plain.IntegersBothWays.pack, backward),
+    (plain.IntegersBothWays.pack, forward),
+    (ScaledFloats.pack, backward),
+]
+
+
+@pytest.mark.parametrize("by_columns", [True, False])
+@pytest.mark.parametrize(("pack", "multiply"), PRODUCTS)
+def test_products_get_operands_that_lie_as_gpus_want_them(pack: Any, multiply: Any, by_columns: bool) -> None:
+    """For a gradient or an input that lies column by column, too. Tensors without numbers stand for those of a GPU."""
+    x = torch.empty(32, 40, device="meta").t() if by_columns else torch.empty(40, 32, device="meta")
+    with Orders() as orders:
+        multiply(pack(torch.empty(32, 32, device="meta"), torch.empty(32, device="meta")), x)
+    assert len(orders.shapes) == 1
+
+
+class OnCuda(Tensor):
+    """A tensor of the CPU that says it is on a GPU."""
+
+    device = GPU
+
+
+def test_integer_products_of_few_rows_get_more_on_cuda() -> None:
+    """Its kernels refuse 16 rows and fewer."""
+    weight = plain.column_major(torch.ones(32, 48, dtype=torch.int8))
+    with Orders() as orders:
+        for rows in (1, 16, 17):
+            y = plain.integer_product(torch.ones(rows, 32, dtype=torch.int8).as_subclass(OnCuda), weight)
+            assert y.shape == (rows, 48)
+            assert (y == 32).all()
+    assert [shape[0] for shape, _ in orders.shapes] == [32, 32, 17]
+
+
+@pytest.mark.parametrize("offset", [0, 128])
+def test_rows_that_lie_apart_are_quantised_alike(offset: int) -> None:
+    x = torch.randn(40, 7).t()
+    q, scale = plain.quantise_rows(x, None, offset=offset)
+    expected, same = plain.quantise_rows(x.contiguous(), None, offset=offset)
+    assert q.is_contiguous()
+    assert q.equal(expected)
+    assert scale.equal(same)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from celora.kernels.triton import judged, launches, product, proof
 from triton_here import DEVICE, needs_triton, quiet
 
 __all__ = ["quiet"]
+CPU = torch.device("cpu")
 PLAIN = {name: getattr(plain, name) for name in ("squared_row_norms", "squared_column_norms", "column_maxima")}
 
 
@@ -74,6 +76,19 @@ def test_a_product_that_is_off_is_found(
 
     monkeypatch.setattr(product, "scaled_product", off)
     assert said in proof.wrong("pack_weight", 9, 32, torch.float32, DEVICE, finite=True)
+
+
+@needs_triton
+@pytest.mark.parametrize("operation", ["quantise_rows", "pack_weight", "pack_both_ways", "pack_floats"])
+def test_where_rows_are_rounded_wrongly_no_product_is_used(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = launches.quantise_rows
+
+    def lower(x: Tensor, index: Tensor | None, **others: Any) -> tuple[Tensor, Tensor]:
+        q, scale = right(x, index, **others)
+        return (q.float() - 1).clamp(-127, 127).to(q.dtype), scale
+
+    monkeypatch.setattr(launches, "quantise_rows", lower)
+    assert proof.wrong(operation, 9, 32, torch.float32, DEVICE, finite=True) == "rounded to other numbers than torch"
 
 
 @pytest.fixture
@@ -139,11 +154,68 @@ def test_there_is_nothing_to_judge_on_a_cpu() -> None:
 
 @needs_triton
 @pytest.mark.parametrize("operation", proof.OPERATIONS)
-def test_both_contenders_of_an_operation_run(operation: str) -> None:
+def test_both_contenders_of_an_operation_run(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plain, "why_no_integers", lambda device: "")
+    monkeypatch.setattr(floats, "why_not", lambda device: "")
     calls = proof.contenders(operation, DEVICE, 32, (32, 48))
     assert list(calls) == ["triton", "torch"]
     for call in calls.values():
         call()
+
+
+@pytest.fixture
+def no_products(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """torch's own products in 8 bits fail, as on some GPUs."""
+
+    def fails(*_: object, **__: object) -> Tensor:
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED")
+
+    monkeypatch.setattr(plain, "integer_product", fails)
+    monkeypatch.setattr(floats, "borrow", lambda name: fails)
+    plain.wrong_integers.cache_clear()
+    floats._takes_scales.cache_clear()
+    yield
+    plain.wrong_integers.cache_clear()
+    floats._takes_scales.cache_clear()
+
+
+WEIGHTS = [name for name in proof.OPERATIONS if name.startswith("pack")]
+
+
+@needs_triton
+@pytest.mark.usefixtures("no_products")
+@pytest.mark.parametrize("operation", WEIGHTS)
+def test_a_right_kernel_is_right_where_torch_has_no_product(operation: str) -> None:
+    assert proof.wrong(operation, 9, 32, torch.float32, DEVICE, finite=True) == ""
+    calls = proof.contenders(operation, DEVICE, 32, (32, 48))
+    assert list(calls) == ["triton"]
+    calls["triton"]()
+
+
+def test_what_torch_cannot_compute_is_used_untimed_against_it(card: pytest.MonkeyPatch) -> None:
+    card.setattr(proof, "OPERATIONS", ("pack_weight",))
+    card.setattr(proof, "wrong", lambda *_, **__: "")
+    card.setattr(proof, "contenders", lambda *_: {"triton": int})
+    card.setattr(proof, "interleaved", lambda calls, **_: {name: {"time_ms": 1.0} for name in calls})
+    assert proof.judge(torch.device("cuda")).operations == {"pack_weight"}
+
+
+@pytest.mark.parametrize("finite", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("operation", WEIGHTS)
+def test_torchs_product_has_the_closed_form_that_kernels_are_compared_with(
+    operation: str, dtype: torch.dtype, finite: bool
+) -> None:
+    _, pack, takes = proof._PACKED[operation]
+    if not takes(CPU):
+        return
+    x, generator = torch.randn(9, 32).to(dtype), torch.Generator().manual_seed(0)
+    if not finite:
+        x[2, 0], x[3, 1] = float("nan"), float("inf")
+    in_8_bits = torch.float8_e4m3fn if operation == "pack_floats" else torch.int8
+    assert proof._weight(x, generator, pack, in_8_bits, int(operation == "pack_both_ways")) == ""
+    if operation == "pack_both_ways":
+        assert proof._forward(x, generator, pack) == ""
 
 
 @needs_triton

@@ -97,8 +97,10 @@ def test_graphs_are_promised_the_right_shape(layer: tuple[nn.Linear, LayerGraft]
             forward_product(gradient, None, None, 8, layer[1].key, torch.bfloat16, False),
         ):
             assert (found.shape, found.dtype) == ((5, 8), torch.bfloat16)
-        q, scale = rounded_rows(gradient)
-        assert (q.shape, q.dtype, scale.shape, scale.dtype) == ((5, 12), torch.int8, (5,), torch.float32)
+        for given in (gradient, torch.empty(12, 5).t()):
+            q, scale = rounded_rows(given)
+            assert (q.shape, q.dtype, scale.shape, scale.dtype) == ((5, 12), torch.int8, (5,), torch.float32)
+            assert q.is_contiguous()
 
 
 def test_rounded_rows_of_any_number_are_one_graph() -> None:

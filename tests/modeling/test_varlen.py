@@ -110,9 +110,17 @@ def test_one_call_equals_a_call_each(kv_heads: int) -> None:
         assert (one - each).float().norm() < 1e-2 * each.float().norm()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_packed_batch_trains_like_a_padded_one(dtype: torch.dtype, on_gpu: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "largest_head"), [(torch.float32, 256), (torch.bfloat16, 256), (torch.bfloat16, 8)], ids=str
+)
+def test_a_packed_batch_trains_like_a_padded_one(
+    dtype: torch.dtype, largest_head: int, on_gpu: pytest.MonkeyPatch
+) -> None:
+    """Heads of 16 are too large for a function that takes 8, and FlexAttention takes them."""
     model, batch = model_of("llama"), ragged([12, 3, 7])
+    on_gpu.setattr(varlen, "_LARGEST_HEAD", largest_head)
+    masked = dtype == torch.float32 or varlen.head_size(model.config) > largest_head
+    assert varlen.compiles(model.config, torch.device("cpu"), dtype) is not masked
     assert varlen.computes(model.config, torch.device("cpu"), dtype)  # which is tried once
     calls = []
     usual = varlen.attend
@@ -124,14 +132,14 @@ def test_a_packed_batch_trains_like_a_padded_one(dtype: torch.dtype, on_gpu: pyt
     for _ in range(2):  # the first call is also compared with the model's own
         found, packed = gradients(model, batch)
     assert len(calls) == 2 * model.config.num_hidden_layers
-    assert all(hasattr(mask, "mask_mod") == (dtype == torch.float32) for *_, mask, _ in calls)
+    assert all(hasattr(mask, "mask_mod") == masked for *_, mask, _ in calls)
     rounding = 2 * (padded - exact).norm()  # 0 in float32
     assert found == pytest.approx(loss, rel=1e-6 if dtype == torch.float32 else 1e-2)
     assert (packed - exact).norm() < rounding + OF_GRADIENT * exact.norm()
 
 
 def test_a_token_sees_earlier_tokens_of_its_sequence() -> None:
-    mask = varlen.block_mask(BEGINS, sum(LENGTHS), torch.float32)
+    mask = varlen.block_mask(BEGINS, sum(LENGTHS), torch.float32, 16)
     sequence = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
     place = torch.arange(len(sequence))
     assert mask.shape == (1, 1, 43, 43)
@@ -150,7 +158,57 @@ def is_not_finite(query: Tensor, *others: Any) -> Tensor:
     return one_by_one(query, *others) * float("nan")
 
 
-@pytest.mark.parametrize("function", [lacks_the_kernel, lacks_the_backward, is_not_finite])
+def sees_other_sequences(query: Tensor, key: Tensor, value: Tensor, begins: Tensor, *_: Any) -> Tensor:
+    whole = torch.tensor([0, len(query)])
+    return one_by_one(query, key, value, whole, len(query), query.shape[2] ** -0.5)
+
+
+def takes_other_heads(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> Tensor:
+    return one_by_one(query, key.flip(1), value.flip(1), *others)
+
+
+def has_another_scale(query: Tensor, key: Tensor, value: Tensor, begins: Tensor, longest: int, scale: float) -> Tensor:
+    return one_by_one(query, key, value, begins, longest, 1.1 * scale)
+
+
+def loses_a_gradient(query: Tensor, key: Tensor, *others: Any) -> Tensor:
+    return one_by_one(query, key.detach() + 0 * key, *others)
+
+
+WRONG = [sees_other_sequences, takes_other_heads, has_another_scale, loses_a_gradient]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("size", [8, 64, 256])
+def test_the_trial_finds_what_is_wrong_and_finite(size: int, dtype: torch.dtype, on_gpu: pytest.MonkeyPatch) -> None:
+    for function in (one_by_one, *WRONG):
+        on_gpu.setattr(varlen, "half_function", lambda function=function: function)
+        varlen._works.cache_clear()
+        assert varlen._works(torch.device("cpu"), dtype, size) is (function is one_by_one)
+
+
+@pytest.mark.parametrize("size", [8, 20, 264])
+def test_the_trial_finds_a_wrong_mask(size: int, on_gpu: pytest.MonkeyPatch) -> None:
+    """FlexAttention computes float32 and, in half precision, the heads that the function refuses."""
+    kinds = [dtype for dtype in (torch.float32, HALF) if dtype == torch.float32 or size != 8]
+    assert all(varlen._works(torch.device("cpu"), dtype, size) for dtype in kinds)
+    varlen._works.cache_clear()
+
+    def unmasked(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, *, scaling: float) -> tuple[Tensor, None]:
+        return scaled_dot_product_attention(q, k, v, scale=scaling, enable_gqa=True).transpose(1, 2), None
+
+    on_gpu.setitem(AttentionInterface._global_mapping, "flex_attention", unmasked)
+    assert not any(varlen._works(torch.device("cpu"), dtype, size) for dtype in kinds)
+
+
+@pytest.mark.parametrize(("capability", "there"), [((7, 5), False), ((8, 0), True), ((12, 0), True)])
+def test_kernels_need_an_ampere(capability: tuple[int, int], there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert varlen.available(torch.device("cuda")) is there
+    assert not varlen.available(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("function", [lacks_the_kernel, lacks_the_backward, is_not_finite, sees_other_sequences])
 def test_where_the_function_fails_sequences_are_computed_one_by_one(
     function: Callable[..., Tensor], on_gpu: pytest.MonkeyPatch
 ) -> None:
@@ -186,7 +244,7 @@ def test_under_autocast_one_call_takes_a_query_in_float32_and_a_value_in_bfloat1
     """A model in float32 gives both: the embedding of positions is in float32."""
     query, key = (torch.randn(1, heads, 43, 16) for heads in (4, 2))
     value = torch.randn(1, 2, 43, 16).bfloat16()
-    mask = varlen.block_mask(BEGINS, 43, torch.float32) if masked else None
+    mask = varlen.block_mask(BEGINS, 43, torch.float32, 16) if masked else None
     with torch.autocast("cpu", torch.bfloat16):
         found = varlen.attend(nn.Identity(), query, key, value, BEGINS, 20, mask, 0.25)
     rows = (t[0].bfloat16().transpose(0, 1) for t in (query, key, value))

@@ -101,6 +101,18 @@ def test_a_wrong_kernel_ends_it_before_anything_is_measured(card: pytest.MonkeyP
     assert called == ["exact", "tables"]
 
 
+def test_what_could_not_run_is_printed(
+    card: pytest.MonkeyPatch, timed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    card.setattr(kernels, "check", lambda device, map_: True)
+    card.setattr(kernels, "time_kernels", lambda device: [{"model": "1B", "operation": "pack_floats", "not_run": "no"}])
+    card.setattr(proof, "judge", lambda device: None)
+    card.setattr(steps, "measure", lambda arms, deadline: None)
+    card.setattr(gpu, "write_tables", lambda: None)
+    gpu.main([])
+    assert "1B pack_floats: no\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention_in_one_call_is_compared(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     assert kernels.wrong_attention(CPU, dtype) == ""
@@ -141,6 +153,22 @@ def test_kernels_take_turns_with_torch_and_products_with_bfloat16(timed: Path) -
         assert {"commit", "cpu", "torch", "threads"} <= row.keys()
     assert "| tiny | pack_weight | 1,000 | 1,000 | 1,000 | yes |" in gpu_kernels()
     assert "| tiny | column_maxima | 1,000 | 1,000 |  | no |" in gpu_kernels()
+
+
+def test_a_kernel_that_cannot_run_costs_no_other_its_row(timed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def contenders(operation: str, *_: object) -> dict[str, Callable[[], object]]:
+        return {"triton": _refuse if operation == "quantise_rows" else int}
+
+    monkeypatch.setattr(proof, "contenders", contenders)
+    found = list(kernels.time_kernels(CPU, {"tiny": Llama(32, 64, blocks=1, heads=1, words=96)}, tokens=8))
+    rows.replace(timed, found, ("operation", "model"))
+    refused = [row for row in found if "times" not in row]
+    assert [(row["operation"], row["not_run"]) for row in refused] == [
+        ("quantise_rows", "RuntimeError: CUDA out of memory.")
+    ]
+    assert len(found) == len(proof.OPERATIONS) - 1
+    assert "| tiny | quantise_rows | not run: RuntimeError: CUDA out of memory. |" in gpu_kernels()
+    assert "| tiny | pack_weight | 1,000 |  | 1,000 | yes |" in gpu_kernels()
 
 
 @pytest.mark.parametrize(("operation", "products"), [("pack_weight", [(4, 6)]), ("pack_both_ways", [(8, 10), (4, 6)])])

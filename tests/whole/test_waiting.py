@@ -146,3 +146,34 @@ def test_an_operator_that_counts_waits(name: str) -> None:
     with (waits := Waits()):
         READS[name](ONES)
     assert waits.seen == [name]
+
+
+SQUARE = torch.eye(3)
+WAITS = {
+    "copy from cpu to meta": [lambda: ONES.to("meta"), lambda: torch.empty(3, device="meta").copy_(SQUARE[0])],
+    "_unique2": [lambda: ONES.unique()],
+    "unique_dim": [lambda: SQUARE.unique(dim=0)],
+    "unique_consecutive": [lambda: ONES.unique_consecutive()],
+    "_linalg_check_errors": [lambda: torch.linalg.inv(SQUARE), lambda: torch.linalg.cholesky(SQUARE)],
+    "_linalg_eigh": [lambda: torch.linalg.eigh(SQUARE)],
+    "_linalg_svd": [lambda: torch.linalg.svdvals(SQUARE), lambda: torch.linalg.matrix_rank(SQUARE)],
+    "linalg_eig": [lambda: torch.linalg.eigvals(SQUARE)],
+    "linalg_lstsq": [lambda: torch.linalg.lstsq(SQUARE, SQUARE)],
+    "linalg_pinv": [lambda: torch.linalg.pinv(SQUARE)],
+}
+
+
+@pytest.mark.parametrize("name", WAITS)
+def test_operators_that_wait_on_cuda_are_noticed(name: str) -> None:
+    """Of copies, this shows those between two devices; the device `meta` stands for an accelerator."""
+    for call in WAITS[name]:
+        with (waits := Waits()):
+            call()
+        assert waits.seen == [name]
+
+
+def test_copies_within_a_device_and_norms_wait_for_nothing() -> None:
+    with (waits := Waits()):
+        SQUARE.clone().copy_(SQUARE.double()).to(torch.bfloat16)
+        torch.linalg.vector_norm(SQUARE)
+    assert waits.seen == []

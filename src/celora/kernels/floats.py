@@ -37,8 +37,9 @@ class ScaledFloats(PackedWeight):
     ) -> Tensor:
         kept = x if index is None else x.index_select(0, index)
         scale = divisor(torch.linalg.vector_norm(kept, float("inf"), dim=1).float() / LARGEST)
+        q = padded(kept.float() / scale[:, None], 1)
         y: Tensor = borrow(SCALED_MM)(
-            padded(kept.float() / scale[:, None], 1).to(torch.float8_e4m3fn),
+            q.to(torch.float8_e4m3fn, memory_format=torch.contiguous_format),  # row by row, whatever the order of x
             self.q,
             scale_a=scale[:, None],
             scale_b=self.scale[None],

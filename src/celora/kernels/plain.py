@@ -118,7 +118,8 @@ def quantise_columns(weight: Tensor, scale: Tensor) -> Tensor:
 def quantise_rows(x: Tensor, index: Tensor | None, *, offset: int) -> tuple[Tensor, Tensor]:
     x = x if index is None else x.index_select(0, index)
     scale = divisor(torch.linalg.vector_norm(x, float("inf"), dim=1).float() / 127)
-    q = x.to(torch.float32, copy=True).div_(scale[:, None]).round_()
+    # Row by row, whatever the order of x: products on GPUs want their first operand so.
+    q = x.to(torch.float32, copy=True, memory_format=torch.contiguous_format).div_(scale[:, None]).round_()
     q = q.add_(offset) if offset else q
     return q.to(torch.uint8 if offset else torch.int8), scale
 

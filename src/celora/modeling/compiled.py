@@ -100,7 +100,7 @@ def rounded_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 @rounded_rows.register_fake
 def _(x: Tensor) -> tuple[Tensor, Tensor]:
     rows = x.shape[0]  # `len` would make a graph for each number of rows
-    return torch.empty_like(x, dtype=torch.int8), x.new_empty(rows, dtype=torch.float32)
+    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(rows, dtype=torch.float32)
 
 
 def _read(key: int, dtype: torch.dtype) -> Tensor:

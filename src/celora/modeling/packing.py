@@ -112,7 +112,7 @@ def pack(
     inputs |= {"cu_seq_lens_q": begins, "cu_seq_lens_k": begins, "max_length_q": longest, "max_length_k": longest}
     if not ours:
         return inputs | {"attention_mask": None}
-    mask = varlen.block_mask(begins, total + extra, _dtype(model))
+    mask = varlen.block_mask(begins, total + extra, _dtype(model), varlen.head_size(config))
     return inputs | {LENGTHS: lengths, "attention_mask": _ignored(index) if mask is None else mask}
 
 

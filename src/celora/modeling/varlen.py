@@ -1,7 +1,8 @@
 """Attention of all packed sequences in one call, on a CUDA device. Not measured.
 
 In float16 and bfloat16 this is torch's variable-length attention or, where torch has none, that of the package
-flash-attn. Both are given where each sequence begins. In float32 it is torch's FlexAttention, which is given a mask.
+flash-attn. Both are given where each sequence begins. In float32, and for heads of a size that these refuse, it is
+torch's FlexAttention, which is given a mask.
 Elsewhere sequences are computed one by one (`celora.modeling.attention`).
 """
 
@@ -10,11 +11,12 @@ from __future__ import annotations
 import functools
 import importlib.util
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from celora.errors import out_of_memory
@@ -23,6 +25,8 @@ _HALF = (torch.float16, torch.bfloat16)
 _AMPERE = (8, 0)  # the compute capability that the kernels need
 _LARGEST_HEAD, _MULTIPLE = 256, 8  # head sizes that they take
 _NEEDED = {"scale", "window_size"}  # arguments of `varlen_attn` that its first versions lack
+_ROUNDINGS = 4  # steps of a dtype that a result may be off by: more than ten times as far is what a wrong mask gives
+_TF32 = 2.0**-10  # a step of float32 in products that may drop its last digits
 _GROUPED = "enable_gqa"  # came later: until then, key and value get as many heads as the query
 
 # query (N, heads, d), key and value (N, the same or fewer heads, d), where sequences begin, the longest, the scale
@@ -39,7 +43,7 @@ def compiles(config: Any, device: torch.device, dtype: torch.dtype) -> bool:
 
     FlexAttention's mask is another function for each batch, so it would be a graph for each.
     """
-    plain = dtype in _HALF and half_function() is not None and not getattr(config, "attention_dropout", 0)
+    plain = _without_mask(dtype, head_size(config)) and not getattr(config, "attention_dropout", 0)
     return plain and computes(config, device, dtype)
 
 
@@ -48,26 +52,46 @@ def computes(config: Any, device: torch.device, dtype: torch.dtype) -> bool:
 
     Builds of torch may lack a kernel for this device, or its backward, and FlexAttention needs Triton.
     """
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return available(device) and _works(device, dtype, size)
+    return available(device) and _works(device, dtype, head_size(config))
+
+
+def head_size(config: Any) -> int:
+    size: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return size
 
 
 @functools.cache
 def _works(device: torch.device, dtype: torch.dtype, size: int) -> bool:
-    """Whether forward and backward of two sequences with heads of this size give finite numbers."""
+    """Whether forward and backward of two sequences with heads of this size are those of torch's attention of each.
+
+    Results may be `_ROUNDINGS` steps apart: probabilities, their gradients and results are rounded to the dtype.
+    """
     begins, module = torch.arange(0, 257, 128, dtype=torch.int32, device=device), nn.Identity()
     module.num_key_value_groups = 2  # type: ignore[assignment]
-    query, key, value = (
-        torch.linspace(-1, 1, heads * 256 * size, device=device).to(dtype).view(1, heads, 256, size).requires_grad_()
-        for heads in (2, 1, 1)
+    drawn = torch.Generator("cpu").manual_seed(0)  # the user's draws stay as they are
+    *given, grad = (
+        torch.randn(1, heads, 256, size, generator=drawn, device="cpu").to(device, dtype) for heads in (4, 2, 2, 4)
     )
+
+    def results(out: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+        return [t.double() for t in (out.detach(), *torch.autograd.grad(out, tensors, grad.transpose(1, 2).to(out)))]
+
     # A checkpoint around the model must not see what is saved here: it would miss that in the repetition.
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
     try:
         with torch.enable_grad(), torch.autocast(device.type, enabled=False), hooks:
-            found = attend(module, query, key, value, begins, 128, block_mask(begins, 256, dtype), size**-0.5)
-            by = () if found is None else torch.autograd.grad(found.sum(), (query, key, value))
-        return bool(by) and bool(torch.stack([t.float().sum() for t in by]).isfinite().all())
+            tensors, wide = ([t.to(kind).requires_grad_() for t in given] for kind in (dtype, torch.float64))
+            query, key, value = tensors
+            mask = block_mask(begins, 256, dtype, size)
+            found = attend(module, query, key, value, begins, 128, mask, size**-0.5)
+            if found is None:
+                return False
+            pieces = zip(*(t.split(128, 2) for t in wide), strict=True)
+            each = [scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True) for q, k, v in pieces]
+            exact = results(torch.cat(each, 2).transpose(1, 2), wide)
+            pairs = zip(results(found, tensors), exact, strict=True)
+            far = torch.stack([(one - other).norm() / other.norm() for one, other in pairs])
+        return bool((far <= _ROUNDINGS * max(torch.finfo(dtype).eps, _TF32)).all())  # not where it is a NaN
     except Exception as error:  # whatever it raises, sequences can be computed one by one
         if out_of_memory(error):
             raise
@@ -76,6 +100,11 @@ def _works(device: torch.device, dtype: torch.dtype, size: int) -> bool:
 
 def _takes(head_size: int) -> bool:
     return head_size <= _LARGEST_HEAD and head_size % _MULTIPLE == 0
+
+
+def _without_mask(dtype: torch.dtype, head_size: int) -> bool:
+    """Whether `half_function` computes heads of this dtype and size."""
+    return dtype in _HALF and _takes(head_size) and half_function() is not None
 
 
 def half_function() -> Function | None:
@@ -151,12 +180,13 @@ def attend(
     return function(query, key, value, begins, longest, scale)[None]
 
 
-def block_mask(begins: Tensor, tokens: int, dtype: torch.dtype) -> Any:
+def block_mask(begins: Tensor, tokens: int, dtype: torch.dtype, head_size: int) -> Any:
     """The `BlockMask` with which FlexAttention computes packed sequences, (1, 1, tokens, tokens).
 
-    A token attends to itself and to earlier tokens of its sequence. None where `half_function` computes this dtype.
+    A token attends to itself and to earlier tokens of its sequence. None where `half_function` computes heads of this
+    dtype and size.
     """
-    if dtype in _HALF and half_function() is not None:
+    if _without_mask(dtype, head_size):
         return None
     from torch.nn.attention.flex_attention import create_block_mask
 

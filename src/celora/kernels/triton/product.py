@@ -93,6 +93,11 @@ def scaled_product(
     return out
 
 
+def _padded(q: Tensor, dim: int) -> Tensor:
+    """`plain.padded`, also of 8-bit floats: their zero has the same bits."""
+    return plain.padded(q.view(torch.int8), dim).view(q.dtype)
+
+
 class _Rows(PackedWeight):
     """`rows` of a weight `q: (out, in)`: one launch quantises what is gathered, one multiplies and scatters."""
 
@@ -109,6 +114,8 @@ class _Rows(PackedWeight):
         onto: Tensor | None,
     ) -> Tensor:
         q, row_scale = quantise_rows(x, index, fold=self.fold, dtype=self.q.dtype)
+        if q.shape[1] < len(self.q):
+            q = _padded(q, 1)
         if index is None:
             out = x.new_empty(len(x), self.q.shape[1])
         else:
@@ -118,11 +125,15 @@ class _Rows(PackedWeight):
 
 
 class TiledWeight(_Rows, Integers):
-    """A weight for `g W` alone, int8, its depth contiguous."""
+    """A weight for `g W` alone, int8, its depth contiguous.
+
+    The depth has zeros at its end up to a multiple of 16. With another one, Triton's loads are of single bytes, and the
+    product spills registers.
+    """
 
     @classmethod
     def pack(cls, weight: Tensor, scale: Tensor) -> TiledWeight:
-        return cls(column_major(plain.quantise_columns(weight, scale)), scale)
+        return cls(column_major(_padded(plain.quantise_columns(weight, scale), 0)), scale)
 
 
 class TiledFloats(_Rows):
@@ -133,7 +144,7 @@ class TiledFloats(_Rows):
 
     @classmethod
     def pack(cls, weight: Tensor, scale: Tensor) -> TiledFloats:
-        return cls(column_major(floats.quantise_columns(weight, scale)), scale)
+        return cls(column_major(_padded(floats.quantise_columns(weight, scale), 0)), scale)
 
 
 class TiledBothWays(_Rows, IntegersBothWays):

@@ -1,7 +1,8 @@
 """Each Triton kernel against torch: in the interpreter by the tests, on a GPU before anything there uses one.
 
 `wrong` compares one operation at one size, and says what differs. `judge` does so on the user's device, times the
-kernels in turns with torch's operators, and keeps what was right and faster for `judged`.
+kernels in turns with torch's operators, and keeps what was right and faster for `judged`. Products are compared with
+their closed form in float64, because some GPUs lack torch's own in 8 bits. There, a product need not be faster.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from celora.errors import first_line, out_of_memory
 from celora.kernels import floats, plain
-from celora.kernels.packed import BothWays, PackedWeight
+from celora.kernels.packed import BothWays
 from celora.kernels.triton import judged, launches, product
 from celora.machine.timing import interleaved
 
@@ -29,7 +30,7 @@ _FLOATS = 4e-3  # of float32 sums of 8-bit floats: a tensor core may keep 14 bit
 _ALL_TILES = 130  # rows of the products that are compared with all tiles: every variant takes a second to compile
 _EIGHT_BITS = 0.02  # a number half-way between two steps of 8 bits may go either way
 
-Pack = Callable[[Tensor, Tensor], PackedWeight]
+Pack = Callable[..., Any]  # weight, scale, perhaps input_scale, to a `PackedWeight`
 
 
 def wrong(operation: str, rows: int, columns: int, dtype: torch.dtype, device: torch.device, *, finite: bool) -> str:
@@ -68,11 +69,9 @@ def _quantise(x: Tensor, generator: torch.Generator, dtype: torch.dtype = torch.
         for factor in (None, fold):
             q, scale = launches.quantise_rows(x, index, fold=factor, dtype=dtype)
             rows = (x if index is None else x[index]).float()
-            rows = rows if factor is None else rows * factor
-            expected = plain.divisor(torch.linalg.vector_norm(rows, float("inf"), dim=1) / launches.LARGEST[dtype])
+            steps, expected = _steps(rows if factor is None else rows * factor, dtype)
             finite = torch.isfinite(expected)
-            steps = (rows / expected[:, None])[finite]
-            steps = steps.round() if dtype == torch.int8 else steps.to(dtype).float()
+            steps = steps[finite]
             off = (q[finite].float() - steps).abs()
             apart = bool((off > 1 + steps.abs() / 8).any()) or float((off > 0).float().sum()) > 0.01 * off.numel() + 1
             if apart:
@@ -80,6 +79,16 @@ def _quantise(x: Tensor, generator: torch.Generator, dtype: torch.dtype = torch.
             if said := _difference("scales", scale, expected, _SUMS):
                 return said
     return ""
+
+
+def _steps(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Rows in float32 as the steps of `quantise_rows`, in float32, and their scales."""
+    scale = plain.divisor(torch.linalg.vector_norm(rows, float("inf"), dim=1) / launches.LARGEST[dtype])
+    return _rounded(rows / scale[:, None], dtype), scale
+
+
+def _rounded(steps: Tensor, dtype: torch.dtype) -> Tensor:
+    return steps.round() if dtype == torch.int8 else steps.to(dtype).float()
 
 
 def _row_norms(x: Tensor, _: torch.Generator) -> str:
@@ -162,43 +171,56 @@ def _product(x: Tensor, generator: torch.Generator, dtype: torch.dtype) -> str:
     return ""
 
 
-def _weight(x: Tensor, generator: torch.Generator, ours: Pack, torchs: Pack, largest: float, dim: int) -> str:
-    """Rows of a weight packed by either: some of them onto others."""
+def _weight(x: Tensor, generator: torch.Generator, pack: Pack, dtype: torch.dtype, dim: int) -> str:
+    """Rows of a packed weight, some of them onto others, against the closed form in float64.
+
+    `dim` is 0 with a scale for each column of the weight, and 1 with one for each row.
+    """
     w = torch.randn(x.shape[1], 48, device=x.device, generator=generator).to(x.dtype)
-    scale = plain.divisor(torch.linalg.vector_norm(w.float(), float("inf"), dim=dim) / largest)
+    scale = plain.divisor(torch.linalg.vector_norm(w.float(), float("inf"), dim=dim) / launches.LARGEST[dtype])
     index = torch.arange(0, len(x), 2, device=x.device)
-    onto = torch.ones(len(x), 48, device=x.device, dtype=x.dtype)
-    found, expected = (pack(w, scale).rows(x, index, position=None, onto=onto.clone()) for pack in (ours, torchs))
+    found = torch.ones(len(x), 48, device=x.device, dtype=x.dtype)
+    expected = found.clone()
+    pack(w, scale).rows(x, index, position=None, onto=found)
+    steps, row_scale = _steps(x[index].float() * (scale if dim else 1), dtype)
+    closed = steps.double() @ _rounded(w.float() / scale.unsqueeze(dim), dtype).double()
+    expected[index] = (closed * row_scale[:, None] * (1 if dim else scale)).to(x.dtype)
     return _difference("rows", found, expected, _EIGHT_BITS)
 
 
-def _forward(x: Tensor, generator: torch.Generator) -> str:
-    """`x W^T + bias` with a scale for each input feature."""
+def _forward(x: Tensor, generator: torch.Generator, pack: Pack) -> str:
+    """`x W^T + bias` with a scale for each input feature, against the closed form in float64."""
     w = torch.randn(48, x.shape[1], device=x.device, generator=generator).to(x.dtype)
     input_scale = torch.rand(x.shape[1], device=x.device, generator=generator) + 0.5
     bias = torch.rand(48, device=x.device, generator=generator).to(x.dtype)
-    scale = plain.row_scales(w.float() / input_scale)
-    found, expected = (
-        weight.multiply(weight.quantise(x), bias, x.new_empty(len(x), 48))
-        for weight in (kind.pack(w, scale, input_scale) for kind in (product.TiledBothWays, plain.IntegersBothWays))
-    )
-    return _difference("forward", found, expected, _EIGHT_BITS)
+    steps, scale = _steps(w.float() / input_scale, torch.int8)
+    packed = pack(w, scale, input_scale)
+    found = packed.multiply(packed.quantise(x), bias, x.new_empty(len(x), 48))
+    rows, row_scale = _steps(x.float() * input_scale, torch.int8)
+    closed = rows.double() @ steps.double().t() * row_scale[:, None] * scale + bias
+    return _difference("forward", found, closed.to(x.dtype), _EIGHT_BITS)
 
 
+# Products quantise rows in a launch of their own, so each is also refused where that kernel is wrong.
 _CHECKS: dict[str, Callable[[Tensor, torch.Generator], str]] = {
     "quantise_rows": _quantise,
     "squared_row_norms": _row_norms,
     "squared_column_norms": _column_norms,
     "column_maxima": _column_maxima,
     "softmax_rows": _softmax,
-    "pack_weight": lambda x, g: _product(x, g, torch.int8) or _weight(x, g, *_PACKED["pack_weight"], 127, 0),
+    "pack_weight": lambda x, g: (
+        _quantise(x, g) or _product(x, g, torch.int8) or _weight(x, g, product.TiledWeight.pack, torch.int8, 0)
+    ),
     "pack_both_ways": lambda x, g: (
-        _product(x, g, torch.int8) or _weight(x, g, *_PACKED["pack_both_ways"], 127, 1) or _forward(x, g)
+        _quantise(x, g)
+        or _product(x, g, torch.int8)
+        or _weight(x, g, product.TiledBothWays.pack, torch.int8, 1)
+        or _forward(x, g, product.TiledBothWays.pack)
     ),
     "pack_floats": lambda x, g: (
         _quantise(x, g, torch.float8_e4m3fn)
         or _product(x, g, torch.float8_e4m3fn)
-        or _weight(x, g, *_PACKED["pack_floats"], floats.LARGEST, 0)
+        or _weight(x, g, product.TiledFloats.pack, torch.float8_e4m3fn, 0)
     ),
 }
 OPERATIONS = tuple(_CHECKS)
@@ -236,7 +258,7 @@ def _judged(device: torch.device, size: int) -> judged.Verdict:
             tiles |= _fastest_tiles(torch.float8_e4m3fn if operation == "pack_floats" else torch.int8, device, size)
             judged.remember(device, judged.Verdict(tiles=tiles), lasting=False)  # what follows is timed with them
         times = interleaved(contenders(operation, device, size, (size, size)), repeats=_REPEATS, device=device)
-        if times["triton"]["time_ms"] < _FASTER * times["torch"]["time_ms"]:
+        if "torch" not in times or times["triton"]["time_ms"] < _FASTER * times["torch"]["time_ms"]:
             faster.add(operation)
     return judged.Verdict(frozenset(faster), tiles, said)
 
@@ -279,7 +301,8 @@ def contenders(
     """The same by Triton and by torch, in bfloat16, for a layer of `shape` (out, in) and the gradient of its output.
 
     A weight multiplies every second row of the gradient: (tokens / 2, out) @ (out, in). One for both directions also
-    multiplies the input: (tokens, in) @ (in, out). The softmax is of (tokens, out), in place.
+    multiplies the input: (tokens, in) @ (in, out). The softmax is of (tokens, out), in place. Without torch, where its
+    own product in 8 bits cannot run on this device.
     """
     generator = torch.Generator(device).manual_seed(0)  # the user's draws stay as they are
 
@@ -296,9 +319,11 @@ def contenders(
             more |= {"smoothing": 0.0, "log_probs": log_probs, "entropy": entropy, "write": True}
             more |= {"top1": torch.empty(tokens, dtype=torch.bool, device=device)}
         return {name: functools.partial(run, g, **more) for name, run in named.items()}
-    w, x, (ours, torchs) = drawn(*shape), drawn(tokens, shape[1]), _PACKED[operation]
+    w, x, (ours, torchs, torch_takes) = drawn(*shape), drawn(tokens, shape[1]), _PACKED[operation]
     scale = plain.row_scales(w if operation == "pack_both_ways" else w.t())
-    weights = {"triton": ours(w, scale), "torch": torchs(w, scale)}
+    weights = {"triton": ours(w, scale)}
+    if torch_takes(device):
+        weights["torch"] = torchs(w, scale)
     backward = {"index": torch.arange(0, tokens, 2, device=device), "position": None, "onto": None}
 
     def both(weight: Any) -> Tensor:
@@ -310,8 +335,9 @@ def contenders(
     return {name: functools.partial(both, weight) for name, weight in weights.items()}
 
 
-_PACKED: dict[str, tuple[Pack, Pack]] = {
-    "pack_weight": (product.TiledWeight.pack, plain.Integers.pack),
-    "pack_both_ways": (product.TiledBothWays.pack, plain.IntegersBothWays.pack),
-    "pack_floats": (product.TiledFloats.pack, floats.ScaledFloats.pack),
+# The operation by Triton, by torch, and whether torch's can be used on a device.
+_PACKED: dict[str, tuple[Pack, Pack, Callable[[torch.device], bool]]] = {
+    "pack_weight": (product.TiledWeight.pack, plain.Integers.pack, plain.takes_integers),
+    "pack_both_ways": (product.TiledBothWays.pack, plain.IntegersBothWays.pack, plain.takes_integers),
+    "pack_floats": (product.TiledFloats.pack, floats.ScaledFloats.pack, floats.takes),
 }
