@@ -9,8 +9,9 @@
    how often a step waits for the GPU.
 
 Rows go to `kernels/gpu.jsonl` and `steps/gpu.jsonl`, each as soon as it is measured, and replace older rows of the same
-GPU. Then the tables of `docs/measured/gpu.md` are written. After `--minutes`, no training steps
-begin; what is left out is named, and `--arms` measures it later.
+GPU. Then the tables of `docs/measured/gpu.md` are written. After `--minutes`, no kernel and no arm is begun, and a
+plan, Liger and Unsloth are ended. Each list of what is left out says how to measure it later. Correctness takes the
+time that it needs.
 Without `.git`, `CELORA_COMMIT` says which commit this is.
 It was written without a GPU: nothing here has been run on one.
 """
@@ -37,7 +38,7 @@ from celora.kernels.triton import proof
 def main(given: list[str] | None = None) -> None:
     deadline = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=7.5, help="begin no steps later")
+    parser.add_argument("--minutes", type=float, default=7.5, help="measure nothing later")
     parser.add_argument("--arms", nargs="+", choices=list(steps.ARMS), help="only the steps of these arms")
     chosen = parser.parse_args(given)
     deadline += 60 * chosen.minutes
@@ -48,7 +49,7 @@ def main(given: list[str] | None = None) -> None:
         raise SystemExit(1)
     proof.judge(device)  # as a plan does: from here on, what is right and faster is used
     if chosen.arms is None:
-        for row in kernels.time_kernels(device):
+        for row in kernels.time_kernels(device, deadline=deadline):
             rows.replace(kernels.ROWS, [row], ("operation", "model"))
             print(f"{row['model']} {row['operation']}:", row["times"], flush=True)
     steps.measure(chosen.arms or steps.ARMS, deadline)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -109,12 +111,22 @@ def _each(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def time_kernels(
-    device: torch.device, models: Mapping[str, Llama] = MODELS, tokens: int = TOKENS
+    device: torch.device,
+    models: Mapping[str, Llama] = MODELS,
+    tokens: int = TOKENS,
+    *,
+    deadline: float = math.inf,
 ) -> Iterator[dict[str, Any]]:
-    """A row for each operation and model, for `up_proj` or the head: Triton, torch and, of products, bfloat16."""
-    known = judged.verdict(device)
+    """A row for each operation and model, for `up_proj` or the head: Triton, torch and, of products, bfloat16.
+
+    None begins after `deadline` (of `time.monotonic`); those left out are named.
+    """
+    known, left = judged.verdict(device), []
     for model, shape in models.items():
         for operation in operations(device):
+            if time.monotonic() > deadline:
+                left.append(f"{operation} of {model}")
+                continue
             weight = shape.words if operation == "softmax_rows" else shape.intermediate, shape.hidden
             with torch_alone():  # contender `torch` asks the table for the passes around its product
                 calls = proof.contenders(operation, device, tokens, weight)
@@ -124,6 +136,8 @@ def time_kernels(
             used = known is not None and operation in known.operations
             row = {"operation": operation, "model": model, "tokens": tokens, "out": weight[0], "in": weight[1]}
             yield row | {"used": used, "times": times} | rows.conditions()
+    if left:
+        print(f"left out, for want of time: {', '.join(left)}; `--minutes 60` measures these kernels", flush=True)
 
 
 def _in_bfloat16(operation: str, device: torch.device, tokens: int, weight: tuple[int, int]) -> Callable[[], object]:

@@ -10,10 +10,13 @@ import contextlib
 import functools
 import gc
 import itertools
+import shlex
+import signal
+import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
@@ -45,38 +48,75 @@ ARMS = {
     "Unsloth": "Unsloth's own LoRA",
     AGAIN: "PEFT once more, at the end",
 }
+ALONE = (*PATCHING, "plan")  # slow to prepare, so they end at the deadline; PATCHING change Transformers for good
 REPEATS = 12
+PROCESSES = get_context("spawn")
+_PATIENCE_S = 10  # for a process that was told to end
+
+Job = tuple[Cell, str]
 
 
 def measure(arms: Iterable[str], deadline: float, cells: Iterable[Cell] = CELLS) -> None:
-    """Write a row for each arm of each cell, none begun after `deadline` (of `time.monotonic`); those are named.
+    """Write a row for each arm of each cell until `deadline` (of `time.monotonic`). Say what is left out.
 
-    Arms are in the order of `ARMS`: cell by cell those that need neither a plan nor a process of their own.
+    Arms are in the order of `ARMS`: cell by cell those that need no process of their own.
     """
     cells, arms = tuple(cells), [arm for arm in ARMS if arm in set(arms)]
-    first = [arm for arm in arms if arm not in (*PATCHING, "plan", AGAIN)]
-    _measure([(cell, arm) for cell in cells for arm in first], deadline)
+    first = [arm for arm in arms if arm not in (*ALONE, AGAIN)]
+    left = _measure([(cell, arm) for cell in cells for arm in first], deadline)
     for arm in (arm for arm in arms if arm not in first):
         jobs = [(cell, arm) for cell in cells]
-        if arm in PATCHING and not not_runnable(arm):  # they change Transformers for the whole process
-            process = get_context("spawn").Process(target=_measure, args=(jobs, deadline))
-            process.start()
-            process.join()
-            if process.exitcode:
-                print(f"{arm}: its process ended with status {process.exitcode}", flush=True)
+        if arm in ALONE and not not_runnable(arm):
+            left += _measure_alone(jobs, deadline)
         else:
-            _measure(jobs, deadline)
+            left += _measure(jobs, deadline)
+    if left:
+        names = ", ".join(f"{arm} of {cell.model} {cell.data}" for cell, arm in left)
+        again = shlex.join(arm for arm in ARMS if arm in {arm for _, arm in left})
+        print(
+            f"left out, for want of time: {names}; `python benchmarks/gpu.py --minutes 60 --arms {again}` measures "
+            "these arms",
+            flush=True,
+        )
 
 
-def _measure(jobs: Iterable[tuple[Cell, str]], deadline: float) -> None:
-    for cell, arm in jobs:
+def _measure(jobs: Sequence[Job], deadline: float, done: Callable[[], object] = lambda: None) -> list[Job]:
+    """Write the rows of these jobs, and call `done` after each. Gives the jobs that had not begun at the deadline."""
+    for number, (cell, arm) in enumerate(jobs):
         if time.monotonic() > deadline:
-            print(f"left out, for want of time: {cell.model} {cell.data}, {arm}", flush=True)
-            continue
+            return list(jobs[number:])
         row = row_of(cell, arm)
         rows.replace(ROWS, [row], FIELDS)
         said = row["not_run"] if "not_run" in row else f"{row['time_ms']:.1f} ms, {row['peak_memory'] / 2**30:.1f} GiB"
         print(f"{cell.model} {cell.data}, {arm}: {said}", flush=True)
+        done()
+    return []
+
+
+def _measure_alone(jobs: Sequence[Job], deadline: float) -> list[Job]:
+    """The same in a process of its own, which ends at the deadline. Gives the jobs that had not ended then."""
+    done = PROCESSES.Value("i", 0, lock=False)
+    process = PROCESSES.Process(target=_alone, args=(jobs, deadline, done))
+    process.start()
+    process.join(max(0, deadline - time.monotonic()))
+    if process.is_alive():
+        process.terminate()
+        process.join(_PATIENCE_S)
+        process.kill()
+        process.join()
+    elif process.exitcode:
+        print(f"{jobs[0][1]}: its process ended with status {process.exitcode}", flush=True)
+        return []
+    return list(jobs[done.value :])
+
+
+def _alone(jobs: Sequence[Job], deadline: float, done: Any) -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that temporary folders are removed
+
+    def count() -> None:
+        done.value += 1
+
+    _measure(jobs, deadline, count)
 
 
 def row_of(cell: Cell, arm: str) -> dict[str, Any]:

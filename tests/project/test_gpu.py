@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,6 +33,7 @@ from without import without
 
 CPU, ROOT = torch.device("cpu"), Path(__file__).parents[2]
 SMALL = Cell("h64-v1k", "instruct", "float32", 64)
+TINY = {"tiny": Llama(32, 64, blocks=1, heads=1, words=96)}
 # What an image for GPUs need not have: the application, and celora as an installed package.
 ALONE = """
 import runpy, sys
@@ -89,7 +94,7 @@ def test_a_kernel_that_is_wrong_is_found_against_torch_alone(
 def test_a_wrong_kernel_ends_it_before_anything_is_measured(card: pytest.MonkeyPatch) -> None:
     called: list[str] = []
     card.setattr(kernels, "check", lambda device, map_: False)
-    card.setattr(kernels, "time_kernels", lambda device: called.append("kernels") or [])
+    card.setattr(kernels, "time_kernels", lambda device, deadline: called.append("kernels") or [])
     card.setattr(proof, "judge", lambda device: None)
     card.setattr(steps, "measure", lambda arms, deadline: called.append(" ".join(arms)))
     card.setattr(gpu, "write_tables", lambda: called.append("tables"))
@@ -131,7 +136,7 @@ def timed(card: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 def test_kernels_take_turns_with_torch_and_products_with_bfloat16(timed: Path) -> None:
     assert gpu_kernels() == rows.NOT_YET
-    found = list(kernels.time_kernels(CPU, {"tiny": Llama(32, 64, blocks=1, heads=1, words=96)}, tokens=8))
+    found = list(kernels.time_kernels(CPU, TINY, tokens=8))
     rows.replace(timed, found, ("operation", "model"))
     assert [row["operation"] for row in found] == [name for name in proof.OPERATIONS if name != "pack_floats"]
     for row in found:
@@ -190,11 +195,47 @@ def _refuse(*_: object) -> None:
 
 
 def test_what_there_is_no_time_for_is_named(measured: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    steps.measure(("plan", "exact"), time.monotonic() - 1, (SMALL,))
+    steps.measure(("plan", steps.INT8), time.monotonic() - 1, (SMALL,))
     assert capsys.readouterr().out.splitlines() == [
-        f"left out, for want of time: h64-v1k instruct, {arm}" for arm in ("exact", "plan")
+        "left out, for want of time: fast, int8 base of h64-v1k instruct, plan of h64-v1k instruct; "
+        "`python benchmarks/gpu.py --minutes 60 --arms 'fast, int8 base' plan` measures these arms"
     ]
     assert not measured.exists()
+
+
+def test_kernels_that_there_is_no_time_for_are_named(
+    timed: Path, card: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    times = iter([0.0])  # there is time for the first one
+    card.setattr(kernels, "time", SimpleNamespace(monotonic=lambda: next(times, 2.0)))
+    found = list(kernels.time_kernels(CPU, TINY, tokens=8, deadline=1.0))
+    first, *others = kernels.operations(CPU)
+    assert [row["operation"] for row in found] == [first]
+    names = ", ".join(f"{name} of tiny" for name in others)
+    assert capsys.readouterr().out == (f"left out, for want of time: {names}; `--minutes 60` measures these kernels\n")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the process must have the patch")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
+def test_a_plan_that_is_not_made_in_time_ends_at_the_deadline(
+    measured: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Its temporary folder goes with it. The row of the cell before is there, and other arms are measured."""
+    other = Cell("h64-v1k", "full", "float32", 64)
+
+    def steps_of(cell: Cell, arm: str) -> dict[str, Any]:
+        with tempfile.TemporaryDirectory(dir=tmp_path):
+            time.sleep(600 if cell == other else 0)
+        return {"time_ms": 1.0, "peak_memory": 1}
+
+    monkeypatch.setattr(steps, "steps_of", steps_of)
+    monkeypatch.setattr(steps, "PROCESSES", multiprocessing.get_context("fork"))
+    begun = time.monotonic()
+    steps.measure(("plan",), begun + 3, (SMALL, other))
+    assert 3 <= time.monotonic() - begun < 3 + steps._PATIENCE_S
+    assert [(row["arm"], row["data"]) for row in rows.read(measured)] == [("plan", "instruct")]
+    assert "left out, for want of time: plan of h64-v1k full; `python" in capfd.readouterr().out
+    assert list(tmp_path.iterdir()) == [measured]
 
 
 def test_tables_are_ratios_of_rows(measured: Path) -> None:
