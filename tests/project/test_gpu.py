@@ -7,10 +7,11 @@ import os
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -63,6 +64,7 @@ def test_it_starts_as_a_file_without_the_application_and_says_that_there_is_no_g
 def card(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setattr(judged, "cannot_run", lambda device: "")
     monkeypatch.setattr(floats, "has_floats", lambda device: False)
+    monkeypatch.setattr(kernels, "processes", lambda number: nullcontext(map))
     return monkeypatch
 
 
@@ -85,15 +87,48 @@ def test_a_kernel_that_is_wrong_is_found_against_torch_alone(
     card.setattr(proof, "wrong_somewhere", lambda *_: "")
     assert kernels.check(CPU) is True
     capsys.readouterr()
-    card.setattr(kernels, "wrong_attention", _refuse)
+    card.setattr(kernels, "wrong_attention", _break)
     assert kernels.check(CPU) is False
     first = capsys.readouterr().out.splitlines()[0]
-    assert first == f"WRONG: {kernels.ATTENTION} torch.float32 failed: RuntimeError: CUDA out of memory."
+    assert first == f"WRONG: {kernels.ATTENTION} torch.float32 failed: RuntimeError: no such kernel"
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_what_ran_out_of_memory_beside_others_is_tried_alone(
+    card: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], alone: bool
+) -> None:
+    """If it runs out alone as well, it is not called wrong; yet nothing showed that it is right."""
+    beside: list[int] = []
+
+    @contextmanager
+    def processes(number: int) -> Iterator[Callable[..., Iterable[Any]]]:
+        beside.append(number)
+        yield map
+
+    def wrong_attention(device: torch.device, dtype: torch.dtype) -> str:
+        return _refuse() if dtype == torch.float16 and (beside[-1] > 1 or not alone) else ""
+
+    card.setattr(kernels, "processes", processes)
+    card.setattr(kernels, "at_once", lambda device: 4)
+    card.setattr(kernels, "wrong_attention", wrong_attention)
+    card.setattr(proof, "wrong_somewhere", lambda *_: "")
+    assert kernels.check(CPU) is alone
+    assert beside == [4, 1]
+    said = f"{kernels.ATTENTION} torch.float16"
+    last = f"right: {said}" if alone else f"out of memory: {said} it could not be compared"
+    assert capsys.readouterr().out.splitlines()[-1] == last
+
+
+def test_as_many_kernels_are_compared_at_once_as_the_gpu_has_memory_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    for free, number in ((None, 8), (80 << 30, 8), (9 << 30, 4), (1 << 20, 1)):
+        monkeypatch.setattr(kernels, "available_memory", lambda device, free=free: free)
+        assert kernels.at_once(CPU) == number
 
 
 def test_a_wrong_kernel_ends_it_before_anything_is_measured(card: pytest.MonkeyPatch) -> None:
     called: list[str] = []
-    card.setattr(kernels, "check", lambda device, map_: False)
+    card.setattr(kernels, "check", lambda device: False)
     card.setattr(kernels, "time_kernels", lambda device, deadline: called.append("kernels") or [])
     card.setattr(proof, "judge", lambda device: None)
     card.setattr(steps, "measure", lambda arms, deadline: called.append(" ".join(arms)))
@@ -190,8 +225,12 @@ def test_every_arm_has_a_row_of_its_own(measured: Path, monkeypatch: pytest.Monk
         assert row["by"]["softmax_rows"] in ("c", "torch")
 
 
-def _refuse(*_: object) -> None:
+def _refuse(*_: object) -> NoReturn:
     raise RuntimeError("CUDA out of memory.\nTried to allocate 2 GiB")
+
+
+def _break(*_: object) -> NoReturn:
+    raise RuntimeError("no such kernel\nof this name")
 
 
 def test_what_there_is_no_time_for_is_named(measured: Path, capsys: pytest.CaptureFixture[str]) -> None:
