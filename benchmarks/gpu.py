@@ -4,7 +4,7 @@
    each. If one is wrong, the program ends with status 1 (with `--arms` it goes on; celora uses no wrong kernel).
 2. Each kernel in turns with torch's operators, and the 8-bit products with as many products in bfloat16, for `up_proj`
    and the head of Llama 1B, 3B and 8B.
-3. Whole training steps at these shapes, random weights: PEFT, Liger and Unsloth where they are installed, celora
+3. Whole training steps at these shapes, random weights: TRL + PEFT, Liger and Unsloth where they are installed, celora
    `exact`, `fast` with and without a base in int8, and `auto` with a plan. Times, peak memory, share of the limit, and
    how often a step waits for the GPU.
 

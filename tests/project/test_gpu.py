@@ -17,7 +17,9 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+from trl import SFTTrainer
 
+import celora
 import forked
 from benchmarks import gpu, rows
 from benchmarks.kernels import gpu as kernels
@@ -28,13 +30,16 @@ from benchmarks.steps.tables import gpu_steps, gpu_waits
 from celora.kernels import backends, floats
 from celora.kernels.triton import judged, proof
 from celora.modeling import varlen
-from celora.studies.cells import Cell
-from celora.studies.step import ARMS
+from celora.runtime.attachment import find
+from celora.studies.cells import Cell, make_batches
+from celora.studies.step import ARMS, make_step
 from without import without
 
 CPU, ROOT = torch.device("cpu"), Path(__file__).parents[2]
 SMALL = Cell("h64-v1k", "instruct", "float32", 64)
 TINY = {"tiny": Llama(32, 64, blocks=1, heads=1, words=96)}
+# transformers 5.24 has renamed it; TRL and the versions that celora supports have the old name.
+CHECKPOINTING = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
 # What an image for GPUs need not have: the application, and celora as an installed package.
 ALONE = """
 import runpy, sys
@@ -206,16 +211,17 @@ def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "steps.jsonl"
 
 
+@CHECKPOINTING
 def test_every_arm_has_a_row_of_its_own(measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that fails costs no other's, and a second run replaces rows."""
-    monkeypatch.setattr(steps, "quantised", _refuse)
+    monkeypatch.setattr(celora, "quantise_base", _refuse)
     assert gpu_steps() == gpu_waits() == rows.NOT_YET
-    for arms in (("exact", steps.INT8, "Unsloth", "Liger", steps.AGAIN), ("exact",)):
+    for arms in (("exact", steps.INT8, "Unsloth", steps.LIGER, steps.AGAIN), ("exact",)):
         steps.measure(arms, time.monotonic() + 1000, (SMALL,))
     found = {row["arm"]: row for row in rows.read(measured)}
     assert len(rows.read(measured)) == len(found) == 5
     assert {arm: row["not_run"] for arm, row in found.items() if "not_run" in row} == {
-        "Liger": "needs a CUDA device",
+        steps.LIGER: "needs a CUDA device",
         "Unsloth": "needs a CUDA device",
         steps.INT8: "RuntimeError: CUDA out of memory.",
     }
@@ -223,6 +229,46 @@ def test_every_arm_has_a_row_of_its_own(measured: Path, monkeypatch: pytest.Monk
         assert row["forward_ms"] + row["backward_ms"] + row["optimizer_ms"] == pytest.approx(row["time_ms"], rel=0.5)
         assert row["peak_memory"] > 0
         assert row["by"]["softmax_rows"] in ("c", "torch")
+
+
+@pytest.mark.parametrize("arm", ["TRL + PEFT", "exact"])
+@CHECKPOINTING
+def test_the_loss_of_each_arm_is_that_of_trls_trainer(arm: str, tmp_path: Path) -> None:
+    """Its fused head computes it, and its metrics are collected. Weights move as Transformers' Trainer moves them."""
+    batches = make_batches(SMALL)
+    step = steps._step(SMALL, arm, batches, tmp_path)
+    usual = make_step(SMALL, "PEFT", batches, tmp_path / "plan.json", {})
+    usual.optimizer.param_groups[0]["lr"] = step.optimizer.param_groups[0]["lr"]  # defaults differ
+    asked: list[object] = []
+    step.model.register_forward_pre_hook(lambda *given: asked.append(given[2].get("fused_lm_head")), with_kwargs=True)
+    for batch in batches[:2]:
+        step(batch)
+        usual(batch)
+    assert isinstance(step.trainer, SFTTrainer)
+    assert not step.trainer.args.gradient_checkpointing
+    assert asked == [True, True]
+    assert len(step.trainer._metrics["train"]["entropy"]) == 2
+    moved = [
+        torch.cat([p.detach().flatten() for p in of.model.parameters() if p.requires_grad]) for of in (step, usual)
+    ]
+    torch.testing.assert_close(*moved, rtol=0, atol=1e-6)
+    assert (find(step.model) is None) == (arm == steps.BASE)
+
+
+@CHECKPOINTING
+@pytest.mark.filterwarnings("ignore:`use_liger_kernel=True` is deprecated:FutureWarning")
+def test_liger_leaves_the_head_to_trl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("liger_kernel")
+    given: list[tuple[Any, Any]] = []
+    monkeypatch.setattr("transformers.integrations.liger.apply_liger_kernel", lambda *args: given.append(args))
+    step = steps._step(SMALL, steps.LIGER, make_batches(SMALL), tmp_path)
+    assert given == [(step.model, {"fused_linear_cross_entropy": False})]
+
+
+def test_without_trl_every_row_says_so(measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steps.importlib.util, "find_spec", lambda name: None)
+    steps.measure((steps.BASE, "plan"), time.monotonic() + 1000, (SMALL,))
+    assert [row["not_run"] for row in rows.read(measured)] == ["trl is not installed"] * 2
 
 
 def _refuse(*_: object) -> NoReturn:
@@ -280,15 +326,16 @@ def test_a_plan_that_is_not_made_in_time_ends_at_the_deadline(
 def test_tables_are_ratios_of_rows(measured: Path) -> None:
     row: dict[str, Any] = {"model": "llama-1b", "data": "full", "dtype": "bfloat16", "tokens": 2048}
     row |= {"device": "NVIDIA H100", "torch": "2.11.0", "commit": "abc", "tokens_per_second": 9.0}
-    for arm, time_ms, peak, waits in (("PEFT", 40.0, 4, 9), ("limit of exact", 20.0, 2, 1), ("fast", 25.0, 3, 1)):
+    row |= {"trl": "1.16.0", "peft": "0.21.2", "transformers": "5.24.0"}
+    for arm, time_ms, peak, waits in ((steps.BASE, 40.0, 4, 9), ("limit of exact", 20.0, 2, 1), ("fast", 25.0, 3, 1)):
         of = {"time_ms": time_ms, "p20_ms": time_ms, "p80_ms": time_ms, "peak_memory": peak << 30, "waits": waits}
         rows.append(measured, row | {"arm": arm} | of)
-    rows.append(measured, row | {"arm": "Liger", "not_run": "liger_kernel is not installed"})
-    rows.append(measured, row | {"arm": "PEFT", "commit": "other", "not_run": "no"})
+    rows.append(measured, row | {"arm": steps.LIGER, "not_run": "liger_kernel is not installed"})
+    rows.append(measured, row | {"arm": steps.BASE, "commit": "other", "not_run": "no"})
     table, other = gpu_steps().split("\n\n| model")
     assert "| llama-1b | full | fast | 25.0 | 25.0 to 25.0 | 9 | 1.60 |  | 75% | 3.0 | 0.75 |" in table
-    assert "| llama-1b | full | Liger | not run: liger_kernel is not installed |" in table
-    assert "NVIDIA H100, torch 2.11.0, commit abc." in table
+    assert "| llama-1b | full | TRL + PEFT + Liger | not run: liger_kernel is not installed |" in table
+    assert "NVIDIA H100, torch 2.11.0, commit abc, trl 1.16.0, peft 0.21.2, transformers 5.24.0." in table
     assert "1.60" not in other
     assert "| fast | 1 |" in gpu_waits()
 
@@ -307,7 +354,7 @@ def test_waits_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_its_arms_and_cells_are_those_of_the_bench() -> None:
-    assert set(steps.ARMS) - ARMS.keys() == {steps.INT8, steps.AGAIN}
+    assert set(steps.ARMS) - ARMS.keys() == {steps.BASE, steps.LIGER, steps.INT8, steps.AGAIN}
     assert [(cell.model, cell.data) for cell in steps.CELLS] == [
         (f"llama-{size.lower()}", data) for size in MODELS for data in ("full", "instruct")
     ]
