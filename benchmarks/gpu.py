@@ -8,10 +8,10 @@
    `exact`, `fast` with and without a base in int8, and `auto` with a plan. Times, peak memory, share of the limit, and
    how often a step waits for the GPU.
 
-Rows go to `kernels/gpu.jsonl` and `steps/gpu.jsonl`, each as soon as it is measured, and replace older rows of the same
-GPU. Then the tables of `docs/measured/gpu.md` are written. After `--minutes`, no kernel and no arm is begun, and a
-plan, Liger and Unsloth are ended. Each list of what is left out says how to measure it later. Correctness takes the
-time that it needs.
+Rows go to `kernels/gpu.jsonl` and `steps/gpu.jsonl`, each as soon as it is measured. They replace older rows of the
+same GPU; rows of steps replace only those of the same commit, so that each commit keeps its baseline. Then the tables
+of `docs/measured/gpu.md` are written. After `--minutes`, no kernel and no arm is begun, and a plan, Liger and Unsloth
+are ended. Each list of what is left out says how to measure it later. Correctness takes the time that it needs.
 Without `.git`, `CELORA_COMMIT` says which commit this is.
 It was written without a GPU: nothing here has been run on one.
 """
@@ -39,7 +39,12 @@ def main(given: list[str] | None = None) -> None:
     deadline = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=7.5, help="measure nothing later")
-    parser.add_argument("--arms", nargs="+", choices=list(steps.ARMS), help="only the steps of these arms")
+    parser.add_argument(
+        "--arms",
+        nargs="+",
+        choices=list(steps.ARMS),
+        help="only steps: of these arms and of those that tables compare with",
+    )
     chosen = parser.parse_args(given)
     deadline += 60 * chosen.minutes
     device = torch.device("cuda", 0)
@@ -51,7 +56,7 @@ def main(given: list[str] | None = None) -> None:
         for row in kernels.time_kernels(device, deadline=deadline):
             rows.replace(kernels.ROWS, [row], ("operation", "model"))
             print(f"{row['model']} {row['operation']}:", row["times"], flush=True)
-    steps.measure(chosen.arms or steps.ARMS, deadline)
+    steps.measure(steps.ARMS if chosen.arms is None else [*steps.COMPARED, *chosen.arms], deadline)
     write_tables()
 
 

@@ -37,9 +37,10 @@ from celora.studies.cells import LLAMAS, Batch, Cell, make_batches, make_model
 from celora.studies.step import Step, attach_arm, make_step
 
 ROWS = Path(__file__).with_name("gpu.jsonl")
-FIELDS = ("model", "data", "dtype", "tokens", "arm")
+FIELDS = ("model", "data", "dtype", "tokens", "arm", "commit")  # a table is of one commit, and keeps its baseline
 CELLS = tuple(Cell(model, data, tokens=2048) for model in LLAMAS for data in ("full", "instruct"))
 BASE, LIGER = "TRL + PEFT", "TRL + PEFT + Liger"
+COMPARED = (BASE, "limit of exact")  # what the ratios of a table need
 INT8, AGAIN = "fast, int8 base", f"{BASE}, again"
 ARMS = {
     BASE: "TRL's SFTTrainer around a PEFT model, bf16 autocast, no checkpointing",

@@ -143,7 +143,7 @@ def test_a_wrong_kernel_ends_it_before_anything_is_measured(card: pytest.MonkeyP
     assert ended.value.code == 1
     assert called == []
     gpu.main(["--arms", "exact"])
-    assert called == ["exact", "tables"]
+    assert called == ["TRL + PEFT limit of exact exact", "tables"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -338,6 +338,29 @@ def test_tables_are_ratios_of_rows(measured: Path) -> None:
     assert "NVIDIA H100, torch 2.11.0, commit abc, trl 1.16.0, peft 0.21.2, transformers 5.24.0." in table
     assert "1.60" not in other
     assert "| fast | 1 |" in gpu_waits()
+
+
+def test_an_arm_measured_at_a_later_commit_has_a_table_with_its_own_baseline(
+    measured: Path, card: pytest.MonkeyPatch
+) -> None:
+    """The table of the first commit keeps its baseline."""
+    speed = {steps.BASE: 40.0, "limit of exact": 20.0, "fast": 30.0, "plan": 25.0}
+    number = ("time_ms", "p20_ms", "p80_ms", "tokens_per_second", "peak_memory")
+    card.setattr(steps, "steps_of", lambda cell, arm: dict.fromkeys(number, speed[arm]) | {"waits": 1})
+    card.setattr(steps.measure, "__defaults__", ((SMALL,),))
+    card.setattr(kernels, "check", lambda device: True)
+    card.setattr(proof, "judge", lambda device: None)
+    card.setattr(gpu, "write_tables", lambda: None)
+    card.setattr(steps, "ALONE", ())
+    card.setenv("CELORA_COMMIT", "first")
+    steps.measure((*steps.COMPARED, "fast"), time.monotonic() + 1000)
+    card.setenv("CELORA_COMMIT", "second")
+    gpu.main(["--arms", "plan"])
+    first, second = gpu_steps().split("\n\n| model")
+    assert "| fast | 30.0 | 30.0 to 30.0 | 30 | 1.33 |  | 50% |" in first
+    assert "| plan | 25.0 | 25.0 to 25.0 | 25 | 1.60 |  | 75% |" in second
+    assert "commit first," in first
+    assert "commit second," in second
 
 
 def test_waits_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
