@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 import celora
+from celora.files import write_text
 from celora.machine import cpu as kernels
 from celora.machine.device import device_name
 from celora.settings.config import CELoraConfig
@@ -76,9 +77,9 @@ def machine(row: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write all rows of a benchmark, as JSON lines."""
+    """Write all rows of a benchmark, as JSON lines, or leave the file as it is."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def append(path: Path, row: Mapping[str, Any]) -> None:

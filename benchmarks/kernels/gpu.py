@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from itertools import accumulate
@@ -18,10 +20,11 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks import rows
 from benchmarks.kernels.roofline import MODELS, Llama
-from celora.errors import first_line
+from celora.errors import first_line, out_of_memory
 from celora.kernels import floats
 from celora.kernels.backends import torch_alone
 from celora.kernels.triton import judged, proof
+from celora.machine.memory import available_memory
 from celora.machine.timing import interleaved
 from celora.modeling import varlen
 from celora.modeling.attention import attention
@@ -30,7 +33,9 @@ ROWS = Path(__file__).with_name("gpu.jsonl")
 TOKENS, REPEATS = 4096, 20
 ATTENTION = "attention of packed sequences"
 LENGTHS = (300, 1, 17, 128, 578)  # tokens of packed sequences
+NO_MEMORY = "it could not be compared"
 _NOISE = 1e-5  # of float32: an error below is none
+_PROCESS_BYTES = 2 << 30  # of the GPU, for a process that compares: most of it is CUDA's own
 
 Task = tuple[str, torch.dtype, torch.device]
 
@@ -40,27 +45,47 @@ def operations(device: torch.device) -> list[str]:
     return [name for name in proof.OPERATIONS if name != "pack_floats" or floats.has_floats(device)]
 
 
-def check(device: torch.device, map_: Callable[..., Any] = map) -> bool:
+def check(device: torch.device) -> bool:
     """Whether every kernel is right in every dtype; ends with status 2 where there is no GPU for them.
 
-    `map_`: of an executor, to compile in several processes.
+    A task that runs out of memory beside others is tried again alone.
     """
     if reason := judged.cannot_run(device):
         print(f"{reason}; run this where there is one.", file=sys.stderr)
         raise SystemExit(2)
     tasks = [(name, dtype, device) for name in (ATTENTION, *operations(device)) for dtype in judged.DTYPES]
-    right = True
-    for (name, dtype, _), reason in zip(tasks, map_(_wrong, tasks), strict=True):
-        print(f"WRONG: {name} {dtype} {reason}" if reason else f"right: {name} {dtype}", flush=True)
-        right = right and not reason
+    right, again = True, []
+    with processes(at_once(device)) as map_:
+        for task, reason in zip(tasks, map_(_wrong, tasks), strict=True):
+            if reason == NO_MEMORY:
+                again.append(task)
+            else:
+                right = _say(task, reason) and right
+    for task in again:
+        with processes(1) as map_:  # new, as one that has run keeps memory
+            right = _say(task, *map_(_wrong, [task])) and right
     return right
 
 
+def at_once(device: torch.device) -> int:
+    """How many processes check kernels: as many as processors, at most 16, and as the GPU has free memory for."""
+    free = available_memory(device)
+    room = 16 if free is None else free // _PROCESS_BYTES
+    return max(1, min(16, os.cpu_count() or 1, room))
+
+
 @contextmanager
-def processes() -> Iterator[ProcessPoolExecutor]:
-    """As many new processes as there are processors, at most 16: each kernel takes a second to compile."""
-    with ProcessPoolExecutor(min(16, os.cpu_count() or 1), get_context("spawn")) as pool:
-        yield pool
+def processes(number: int) -> Iterator[Callable[..., Iterable[Any]]]:
+    """`map` in so many new processes: each kernel takes a second to compile."""
+    with ProcessPoolExecutor(number, get_context("spawn")) as pool:
+        yield pool.map
+
+
+def _say(task: Task, reason: str) -> bool:
+    name, dtype, _ = task
+    how = "out of memory" if reason == NO_MEMORY else "WRONG" if reason else "right"
+    print(f"{how}: {name} {dtype} {reason}".strip(), flush=True)
+    return not reason
 
 
 def _wrong(task: Task) -> str:
@@ -71,7 +96,7 @@ def _wrong(task: Task) -> str:
         with torch_alone():  # an earlier verdict must not make Triton its own reference
             return proof.wrong_somewhere(name, device, (dtype,))
     except Exception as error:  # as `wrong_somewhere` tells it: the other tasks go on
-        return f"failed: {type(error).__name__}: {first_line(error)}"
+        return NO_MEMORY if out_of_memory(error) else f"failed: {type(error).__name__}: {first_line(error)}"
 
 
 def wrong_attention(device: torch.device, dtype: torch.dtype) -> str:
@@ -110,15 +135,23 @@ def _each(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def time_kernels(
-    device: torch.device, models: Mapping[str, Llama] = MODELS, tokens: int = TOKENS
+    device: torch.device,
+    models: Mapping[str, Llama] = MODELS,
+    tokens: int = TOKENS,
+    *,
+    deadline: float = math.inf,
 ) -> Iterator[dict[str, Any]]:
     """A row for each operation and model, for `up_proj` or the head: Triton, torch and, of products, bfloat16.
 
-    Torch's products are left out where they cannot run. What fails costs no other row: its own says why.
+    Torch's products are left out where they cannot run. What fails costs no other row: its own says why. None begins
+    after `deadline` (of `time.monotonic`); those left out are named.
     """
-    known = judged.verdict(device)
+    known, left = judged.verdict(device), []
     for model, shape in models.items():
         for operation in operations(device):
+            if time.monotonic() > deadline:
+                left.append(f"{operation} of {model}")
+                continue
             weight = shape.words if operation == "softmax_rows" else shape.intermediate, shape.hidden
             row = {"operation": operation, "model": model, "tokens": tokens, "out": weight[0], "in": weight[1]}
             row["used"] = known is not None and operation in known.operations
@@ -127,6 +160,8 @@ def time_kernels(
             except Exception as error:  # this GPU or this version of Triton refuses it, or memory is short
                 row["not_run"] = f"{type(error).__name__}: {first_line(error)}"[:200]
             yield row | rows.conditions()
+    if left:
+        print(f"left out, for want of time: {', '.join(left)}; `--minutes 60` measures these kernels", flush=True)
 
 
 def _times(operation: str, device: torch.device, tokens: int, weight: tuple[int, int]) -> dict[str, dict[str, float]]:

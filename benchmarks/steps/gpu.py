@@ -1,7 +1,7 @@
 """Whole training steps on an NVIDIA GPU, at the shapes of Llama 1B, 3B and 8B. Run by `benchmarks.gpu`.
 
 Arms are measured one after the other, each with a model of its own that is gone before the next one is made. So the
-peak is the arm's, and an arm that fails costs no other's row. `PEFT, again` shows how far times move meanwhile.
+peak is the arm's, and an arm that fails costs no other's row. `TRL + PEFT, again` shows how far times move meanwhile.
 """
 
 from __future__ import annotations
@@ -9,11 +9,15 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import importlib.util
 import itertools
+import shlex
+import signal
+import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
@@ -23,66 +27,116 @@ import torch
 
 import celora
 from benchmarks import rows
+from benchmarks.steps.trl_step import TRLStep
 from celora.kernels.backends import chosen
 from celora.machine.memory import forget_peak, peak_memory
+from celora.machine.packages import package_version
 from celora.machine.timing import percentiles
 from celora.studies.bench import not_runnable
 from celora.studies.cells import LLAMAS, Batch, Cell, make_batches, make_model
-from celora.studies.step import PATCHING, Step, make_step
+from celora.studies.step import Step, attach_arm, make_step
 
 ROWS = Path(__file__).with_name("gpu.jsonl")
-FIELDS = ("model", "data", "dtype", "tokens", "arm")
+FIELDS = ("model", "data", "dtype", "tokens", "arm", "commit")  # a table is of one commit, and keeps its baseline
 CELLS = tuple(Cell(model, data, tokens=2048) for model in LLAMAS for data in ("full", "instruct"))
-INT8, AGAIN = "fast, int8 base", "PEFT, again"
+BASE, LIGER = "TRL + PEFT", "TRL + PEFT + Liger"
+COMPARED = (BASE, "limit of exact")  # what the ratios of a table need
+INT8, AGAIN = "fast, int8 base", f"{BASE}, again"
 ARMS = {
-    "PEFT": "Trainer around a PEFT model, bf16 autocast, no checkpointing",
-    "exact": "celora's preset exact",
+    BASE: "TRL's SFTTrainer around a PEFT model, bf16 autocast, no checkpointing",
+    "exact": "celora's preset exact in the same trainer, as all arms but Unsloth",
     "fast": "celora's preset fast: 8 bits in both directions, beside the base",
     INT8: "the same on a base in int8, which is the only copy",
     "limit of exact": "preset exact with a free grad_input of the adapted layers (zeros: does not train)",
-    "Liger": "PEFT with Liger's kernels",
+    LIGER: "TRL + PEFT with Liger's kernels, all but its head, as TRL uses them",
     "plan": "preset auto with a plan made here",
-    "Unsloth": "Unsloth's own LoRA",
-    AGAIN: "PEFT once more, at the end",
+    "Unsloth": "Unsloth's own LoRA in Transformers' Trainer, without TRL's metrics",
+    AGAIN: "TRL + PEFT once more, at the end",
 }
+# In a process that ends at the deadline: they are slow to prepare, or change Transformers for the whole process.
+ALONE = (LIGER, "Unsloth", "plan")
 REPEATS = 12
+PROCESSES = get_context("spawn")
+_PATIENCE_S = 10  # for a process that was told to end
+
+Job = tuple[Cell, str]
 
 
 def measure(arms: Iterable[str], deadline: float, cells: Iterable[Cell] = CELLS) -> None:
-    """Write a row for each arm of each cell, none begun after `deadline` (of `time.monotonic`); those are named.
+    """Write a row for each arm of each cell until `deadline` (of `time.monotonic`). Say what is left out.
 
-    Arms are in the order of `ARMS`: cell by cell those that need neither a plan nor a process of their own.
+    Arms are in the order of `ARMS`: cell by cell those that need no process of their own.
     """
     cells, arms = tuple(cells), [arm for arm in ARMS if arm in set(arms)]
-    first = [arm for arm in arms if arm not in (*PATCHING, "plan", AGAIN)]
-    _measure([(cell, arm) for cell in cells for arm in first], deadline)
+    first = [arm for arm in arms if arm not in (*ALONE, AGAIN)]
+    left = _measure([(cell, arm) for cell in cells for arm in first], deadline)
     for arm in (arm for arm in arms if arm not in first):
         jobs = [(cell, arm) for cell in cells]
-        if arm in PATCHING and not not_runnable(arm):  # they change Transformers for the whole process
-            process = get_context("spawn").Process(target=_measure, args=(jobs, deadline))
-            process.start()
-            process.join()
-            if process.exitcode:
-                print(f"{arm}: its process ended with status {process.exitcode}", flush=True)
+        if arm in ALONE and not missing(arm):
+            left += _measure_alone(jobs, deadline)
         else:
-            _measure(jobs, deadline)
+            left += _measure(jobs, deadline)
+    if left:
+        names = ", ".join(f"{arm} of {cell.model} {cell.data}" for cell, arm in left)
+        again = shlex.join(arm for arm in ARMS if arm in {arm for _, arm in left})
+        print(
+            f"left out, for want of time: {names}; `python benchmarks/gpu.py --minutes 60 --arms {again}` measures "
+            "these arms",
+            flush=True,
+        )
 
 
-def _measure(jobs: Iterable[tuple[Cell, str]], deadline: float) -> None:
-    for cell, arm in jobs:
+def _measure(jobs: Sequence[Job], deadline: float, done: Callable[[], object] = lambda: None) -> list[Job]:
+    """Write the rows of these jobs, and call `done` after each. Gives the jobs that had not begun at the deadline."""
+    for number, (cell, arm) in enumerate(jobs):
         if time.monotonic() > deadline:
-            print(f"left out, for want of time: {cell.model} {cell.data}, {arm}", flush=True)
-            continue
+            return list(jobs[number:])
         row = row_of(cell, arm)
         rows.replace(ROWS, [row], FIELDS)
         said = row["not_run"] if "not_run" in row else f"{row['time_ms']:.1f} ms, {row['peak_memory'] / 2**30:.1f} GiB"
         print(f"{cell.model} {cell.data}, {arm}: {said}", flush=True)
+        done()
+    return []
+
+
+def _measure_alone(jobs: Sequence[Job], deadline: float) -> list[Job]:
+    """The same in a process of its own, which ends at the deadline. Gives the jobs that had not ended then."""
+    done = PROCESSES.Value("i", 0, lock=False)
+    process = PROCESSES.Process(target=_alone, args=(jobs, deadline, done))
+    process.start()
+    process.join(max(0, deadline - time.monotonic()))
+    if process.is_alive():
+        process.terminate()
+        process.join(_PATIENCE_S)
+        process.kill()
+        process.join()
+    elif process.exitcode:
+        print(f"{jobs[0][1]}: its process ended with status {process.exitcode}", flush=True)
+        return []
+    return list(jobs[done.value :])
+
+
+def _alone(jobs: Sequence[Job], deadline: float, done: Any) -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that temporary folders are removed
+
+    def count() -> None:
+        done.value += 1
+
+    _measure(jobs, deadline, count)
+
+
+def missing(arm: str) -> str:
+    """Why this arm cannot run here; '' if it can."""
+    if arm != "Unsloth" and importlib.util.find_spec("trl") is None:
+        return "trl is not installed"
+    return not_runnable("Liger" if arm == LIGER else arm)
 
 
 def row_of(cell: Cell, arm: str) -> dict[str, Any]:
     """What the steps of an arm take, or why it did not run."""
     row = asdict(cell) | {"arm": arm} | rows.conditions(arm)
-    if reason := not_runnable(arm):
+    row |= {name: package_version(name) for name in ("trl", "peft", "transformers")}
+    if reason := missing(arm):
         return row | {"not_run": reason}
     try:
         return row | steps_of(cell, arm)
@@ -131,17 +185,14 @@ def steps_of(cell: Cell, arm: str) -> dict[str, Any]:
 
 
 def _step(cell: Cell, arm: str, batches: list[Batch], folder: Path) -> Step:
-    if arm == INT8:
-        return Step(quantised(cell), folder)
-    return make_step(cell, "PEFT" if arm == AGAIN else arm, batches, folder / "plan.json", {})
-
-
-def quantised(cell: Cell) -> Any:
-    """The cell's model, its base in int8, with preset `fast`."""
+    if arm == "Unsloth":
+        return make_step(cell, arm, batches, folder / "plan.json", {})
     model = make_model(cell)
-    celora.quantise_base(model)
-    celora.attach(model.train(), "fast")
-    return model
+    if arm == INT8:
+        celora.quantise_base(model)
+    step = TRLStep(model, folder, liger=arm == LIGER)
+    attach_arm(model, "fast" if arm == INT8 else arm, batches, folder / "plan.json")
+    return step
 
 
 def waits(call: Callable[[], object]) -> int:

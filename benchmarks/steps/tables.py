@@ -170,7 +170,7 @@ def compiled() -> str:
 
 
 def gpu_steps() -> str:
-    """Whole steps on a GPU: time, memory, and both over PEFT's; a table for each GPU."""
+    """Whole steps on a GPU: time, memory, and both over TRL + PEFT's; a table for each GPU."""
     return _by_gpu(_gpu_steps)
 
 
@@ -190,26 +190,29 @@ def _gpu_steps(found: list[dict[str, Any]]) -> str:
     for cell in dict.fromkeys((row["model"], row["data"]) for row in found):
         by_arm = {row["arm"]: row for row in found if (row["model"], row["data"]) == cell}
         time_ms = {arm: row["time_ms"] for arm, row in by_arm.items() if "time_ms" in row}
-        plain, limit = time_ms.get("PEFT"), time_ms.get("limit of exact")
+        plain, limit = time_ms.get(gpu.BASE), time_ms.get("limit of exact")
         for arm in (arm for arm in gpu.ARMS if arm in by_arm):
             row = by_arm[arm]
             if "not_run" in row:
                 body.append([*cell, arm, f"not run: {row['not_run']}", *[""] * 7])
                 continue
             own = time_ms[arm]
-            over = [f"{time_ms[base] / own:.2f}" if base in time_ms else "" for base in ("PEFT", "Liger")]
+            over = [f"{time_ms[base] / own:.2f}" if base in time_ms else "" for base in (gpu.BASE, gpu.LIGER)]
             reached = f"{(plain - own) / (plain - limit):.0%}" if plain and limit and limit < plain else ""
-            memory = f"{row['peak_memory'] / by_arm['PEFT']['peak_memory']:.2f}" if plain else ""
+            memory = f"{row['peak_memory'] / by_arm[gpu.BASE]['peak_memory']:.2f}" if plain else ""
             spread = f"{row['p20_ms']:.1f} to {row['p80_ms']:.1f}"
             cells = [f"{own:.1f}", spread, f"{row['tokens_per_second']:,.0f}", *over, reached]
             body.append([*cell, arm, *cells, f"{row['peak_memory'] / 2**30:.1f}", memory])
-    header = ["model", "data", "arm", "ms/step", "20 to 80 %", "tokens/s", "speed-up over PEFT", "over PEFT + Liger"]
+    header = ["model", "data", "arm", "ms/step", "20 to 80 %", "tokens/s", f"speed-up over {gpu.BASE}"]
     arms = " ".join(f"{arm}: {what}." for arm, what in gpu.ARMS.items())
-    return rows.markdown([*header, "share of the limit", "peak, GiB", "over PEFT's"], body) + (
+    versions = ", ".join(f"{name} {found[0][name]}" for name in ("trl", "peft", "transformers"))
+    return rows.markdown(
+        [*header, f"over {gpu.LIGER}", "share of the limit", "peak, GiB", f"over {gpu.BASE}"], body
+    ) + (
         f"\n\nMedians of {gpu.REPEATS} steps, arms one after the other. {found[0]['dtype']} base, float32 adapters "
         f"(r = 16 on all linear layers), at most {found[0]['tokens']:,} tokens. {arms} "
         "Peak: what torch allocates at most, model and optimizer included. "
-        f"{told(row['model'] for row in found)} {rows.on_gpu(found[0])}."
+        f"{told(row['model'] for row in found)} {rows.on_gpu(found[0])}, {versions}."
     )
 
 

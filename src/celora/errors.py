@@ -58,9 +58,10 @@ def first_line(error: BaseException) -> str:
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether Python or torch raised this error because memory ran out."""
-    # By name: torch may not be imported yet. Its CPU allocator raises a bare RuntimeError.
+    # By name: torch may not be imported yet. Its CPU allocator, CUDA, cuBLAS and Triton raise RuntimeErrors.
+    said = ("can't allocate memory", "out of memory", "_ALLOC_FAILED")
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
-        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+        or (isinstance(error, RuntimeError) and any(text in str(error) for text in said))
     )

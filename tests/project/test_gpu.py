@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import tempfile
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NoReturn
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+from trl import SFTTrainer
 
+import celora
 import forked
 from benchmarks import gpu, rows
 from benchmarks.kernels import gpu as kernels
@@ -23,12 +30,16 @@ from benchmarks.steps.tables import gpu_steps, gpu_waits
 from celora.kernels import backends, floats
 from celora.kernels.triton import judged, proof
 from celora.modeling import varlen
-from celora.studies.cells import Cell
-from celora.studies.step import ARMS
+from celora.runtime.attachment import find
+from celora.studies.cells import Cell, make_batches
+from celora.studies.step import ARMS, make_step
 from without import without
 
 CPU, ROOT = torch.device("cpu"), Path(__file__).parents[2]
 SMALL = Cell("h64-v1k", "instruct", "float32", 64)
+TINY = {"tiny": Llama(32, 64, blocks=1, heads=1, words=96)}
+# transformers 5.24 has renamed it; TRL and the versions that celora supports have the old name.
+CHECKPOINTING = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
 # What an image for GPUs need not have: the application, and celora as an installed package.
 ALONE = """
 import runpy, sys
@@ -58,6 +69,7 @@ def test_it_starts_as_a_file_without_the_application_and_says_that_there_is_no_g
 def card(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setattr(judged, "cannot_run", lambda device: "")
     monkeypatch.setattr(floats, "has_floats", lambda device: False)
+    monkeypatch.setattr(kernels, "processes", lambda number: nullcontext(map))
     return monkeypatch
 
 
@@ -80,16 +92,49 @@ def test_a_kernel_that_is_wrong_is_found_against_torch_alone(
     card.setattr(proof, "wrong_somewhere", lambda *_: "")
     assert kernels.check(CPU) is True
     capsys.readouterr()
-    card.setattr(kernels, "wrong_attention", _refuse)
+    card.setattr(kernels, "wrong_attention", _break)
     assert kernels.check(CPU) is False
     first = capsys.readouterr().out.splitlines()[0]
-    assert first == f"WRONG: {kernels.ATTENTION} torch.float32 failed: RuntimeError: CUDA out of memory."
+    assert first == f"WRONG: {kernels.ATTENTION} torch.float32 failed: RuntimeError: no such kernel"
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_what_ran_out_of_memory_beside_others_is_tried_alone(
+    card: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], alone: bool
+) -> None:
+    """If it runs out alone as well, it is not called wrong; yet nothing showed that it is right."""
+    beside: list[int] = []
+
+    @contextmanager
+    def processes(number: int) -> Iterator[Callable[..., Iterable[Any]]]:
+        beside.append(number)
+        yield map
+
+    def wrong_attention(device: torch.device, dtype: torch.dtype) -> str:
+        return _refuse() if dtype == torch.float16 and (beside[-1] > 1 or not alone) else ""
+
+    card.setattr(kernels, "processes", processes)
+    card.setattr(kernels, "at_once", lambda device: 4)
+    card.setattr(kernels, "wrong_attention", wrong_attention)
+    card.setattr(proof, "wrong_somewhere", lambda *_: "")
+    assert kernels.check(CPU) is alone
+    assert beside == [4, 1]
+    said = f"{kernels.ATTENTION} torch.float16"
+    last = f"right: {said}" if alone else f"out of memory: {said} it could not be compared"
+    assert capsys.readouterr().out.splitlines()[-1] == last
+
+
+def test_as_many_kernels_are_compared_at_once_as_the_gpu_has_memory_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    for free, number in ((None, 8), (80 << 30, 8), (9 << 30, 4), (1 << 20, 1)):
+        monkeypatch.setattr(kernels, "available_memory", lambda device, free=free: free)
+        assert kernels.at_once(CPU) == number
 
 
 def test_a_wrong_kernel_ends_it_before_anything_is_measured(card: pytest.MonkeyPatch) -> None:
     called: list[str] = []
-    card.setattr(kernels, "check", lambda device, map_: False)
-    card.setattr(kernels, "time_kernels", lambda device: called.append("kernels") or [])
+    card.setattr(kernels, "check", lambda device: False)
+    card.setattr(kernels, "time_kernels", lambda device, deadline: called.append("kernels") or [])
     card.setattr(proof, "judge", lambda device: None)
     card.setattr(steps, "measure", lambda arms, deadline: called.append(" ".join(arms)))
     card.setattr(gpu, "write_tables", lambda: called.append("tables"))
@@ -98,7 +143,7 @@ def test_a_wrong_kernel_ends_it_before_anything_is_measured(card: pytest.MonkeyP
     assert ended.value.code == 1
     assert called == []
     gpu.main(["--arms", "exact"])
-    assert called == ["exact", "tables"]
+    assert called == ["TRL + PEFT limit of exact exact", "tables"]
 
 
 def test_what_could_not_run_is_printed(
@@ -143,7 +188,7 @@ def timed(card: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 def test_kernels_take_turns_with_torch_and_products_with_bfloat16(timed: Path) -> None:
     assert gpu_kernels() == rows.NOT_YET
-    found = list(kernels.time_kernels(CPU, {"tiny": Llama(32, 64, blocks=1, heads=1, words=96)}, tokens=8))
+    found = list(kernels.time_kernels(CPU, TINY, tokens=8))
     rows.replace(timed, found, ("operation", "model"))
     assert [row["operation"] for row in found] == [name for name in proof.OPERATIONS if name != "pack_floats"]
     for row in found:
@@ -194,16 +239,17 @@ def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "steps.jsonl"
 
 
+@CHECKPOINTING
 def test_every_arm_has_a_row_of_its_own(measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that fails costs no other's, and a second run replaces rows."""
-    monkeypatch.setattr(steps, "quantised", _refuse)
+    monkeypatch.setattr(celora, "quantise_base", _refuse)
     assert gpu_steps() == gpu_waits() == rows.NOT_YET
-    for arms in (("exact", steps.INT8, "Unsloth", "Liger", steps.AGAIN), ("exact",)):
+    for arms in (("exact", steps.INT8, "Unsloth", steps.LIGER, steps.AGAIN), ("exact",)):
         steps.measure(arms, time.monotonic() + 1000, (SMALL,))
     found = {row["arm"]: row for row in rows.read(measured)}
     assert len(rows.read(measured)) == len(found) == 5
     assert {arm: row["not_run"] for arm, row in found.items() if "not_run" in row} == {
-        "Liger": "needs a CUDA device",
+        steps.LIGER: "needs a CUDA device",
         "Unsloth": "needs a CUDA device",
         steps.INT8: "RuntimeError: CUDA out of memory.",
     }
@@ -213,32 +259,136 @@ def test_every_arm_has_a_row_of_its_own(measured: Path, monkeypatch: pytest.Monk
         assert row["by"]["softmax_rows"] in ("c", "torch")
 
 
-def _refuse(*_: object) -> None:
+@pytest.mark.parametrize("arm", ["TRL + PEFT", "exact"])
+@CHECKPOINTING
+def test_the_loss_of_each_arm_is_that_of_trls_trainer(arm: str, tmp_path: Path) -> None:
+    """Its fused head computes it, and its metrics are collected. Weights move as Transformers' Trainer moves them."""
+    batches = make_batches(SMALL)
+    step = steps._step(SMALL, arm, batches, tmp_path)
+    usual = make_step(SMALL, "PEFT", batches, tmp_path / "plan.json", {})
+    usual.optimizer.param_groups[0]["lr"] = step.optimizer.param_groups[0]["lr"]  # defaults differ
+    asked: list[object] = []
+    step.model.register_forward_pre_hook(lambda *given: asked.append(given[2].get("fused_lm_head")), with_kwargs=True)
+    for batch in batches[:2]:
+        step(batch)
+        usual(batch)
+    assert isinstance(step.trainer, SFTTrainer)
+    assert not step.trainer.args.gradient_checkpointing
+    assert asked == [True, True]
+    assert len(step.trainer._metrics["train"]["entropy"]) == 2
+    moved = [
+        torch.cat([p.detach().flatten() for p in of.model.parameters() if p.requires_grad]) for of in (step, usual)
+    ]
+    torch.testing.assert_close(*moved, rtol=0, atol=1e-6)
+    assert (find(step.model) is None) == (arm == steps.BASE)
+
+
+@CHECKPOINTING
+@pytest.mark.filterwarnings("ignore:`use_liger_kernel=True` is deprecated:FutureWarning")
+def test_liger_leaves_the_head_to_trl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("liger_kernel")
+    given: list[tuple[Any, Any]] = []
+    monkeypatch.setattr("transformers.integrations.liger.apply_liger_kernel", lambda *args: given.append(args))
+    step = steps._step(SMALL, steps.LIGER, make_batches(SMALL), tmp_path)
+    assert given == [(step.model, {"fused_linear_cross_entropy": False})]
+
+
+def test_without_trl_every_row_says_so(measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steps.importlib.util, "find_spec", lambda name: None)
+    steps.measure((steps.BASE, "plan"), time.monotonic() + 1000, (SMALL,))
+    assert [row["not_run"] for row in rows.read(measured)] == ["trl is not installed"] * 2
+
+
+def _refuse(*_: object) -> NoReturn:
     raise RuntimeError("CUDA out of memory.\nTried to allocate 2 GiB")
 
 
+def _break(*_: object) -> NoReturn:
+    raise RuntimeError("no such kernel\nof this name")
+
+
 def test_what_there_is_no_time_for_is_named(measured: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    steps.measure(("plan", "exact"), time.monotonic() - 1, (SMALL,))
+    steps.measure(("plan", steps.INT8), time.monotonic() - 1, (SMALL,))
     assert capsys.readouterr().out.splitlines() == [
-        f"left out, for want of time: h64-v1k instruct, {arm}" for arm in ("exact", "plan")
+        "left out, for want of time: fast, int8 base of h64-v1k instruct, plan of h64-v1k instruct; "
+        "`python benchmarks/gpu.py --minutes 60 --arms 'fast, int8 base' plan` measures these arms"
     ]
     assert not measured.exists()
+
+
+def test_kernels_that_there_is_no_time_for_are_named(
+    timed: Path, card: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    times = iter([0.0])  # there is time for the first one
+    card.setattr(kernels, "time", SimpleNamespace(monotonic=lambda: next(times, 2.0)))
+    found = list(kernels.time_kernels(CPU, TINY, tokens=8, deadline=1.0))
+    first, *others = kernels.operations(CPU)
+    assert [row["operation"] for row in found] == [first]
+    names = ", ".join(f"{name} of tiny" for name in others)
+    assert capsys.readouterr().out == (f"left out, for want of time: {names}; `--minutes 60` measures these kernels\n")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the process must have the patch")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
+def test_a_plan_that_is_not_made_in_time_ends_at_the_deadline(
+    measured: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Its temporary folder goes with it. The row of the cell before is there, and other arms are measured."""
+    other = Cell("h64-v1k", "full", "float32", 64)
+
+    def steps_of(cell: Cell, arm: str) -> dict[str, Any]:
+        with tempfile.TemporaryDirectory(dir=tmp_path):
+            time.sleep(600 if cell == other else 0)
+        return {"time_ms": 1.0, "peak_memory": 1}
+
+    monkeypatch.setattr(steps, "steps_of", steps_of)
+    monkeypatch.setattr(steps, "PROCESSES", multiprocessing.get_context("fork"))
+    begun = time.monotonic()
+    steps.measure(("plan",), begun + 3, (SMALL, other))
+    assert 3 <= time.monotonic() - begun < 3 + steps._PATIENCE_S
+    assert [(row["arm"], row["data"]) for row in rows.read(measured)] == [("plan", "instruct")]
+    assert "left out, for want of time: plan of h64-v1k full; `python" in capfd.readouterr().out
+    assert list(tmp_path.iterdir()) == [measured]
 
 
 def test_tables_are_ratios_of_rows(measured: Path) -> None:
     row: dict[str, Any] = {"model": "llama-1b", "data": "full", "dtype": "bfloat16", "tokens": 2048}
     row |= {"device": "NVIDIA H100", "torch": "2.11.0", "commit": "abc", "tokens_per_second": 9.0}
-    for arm, time_ms, peak, waits in (("PEFT", 40.0, 4, 9), ("limit of exact", 20.0, 2, 1), ("fast", 25.0, 3, 1)):
+    row |= {"trl": "1.16.0", "peft": "0.21.2", "transformers": "5.24.0"}
+    for arm, time_ms, peak, waits in ((steps.BASE, 40.0, 4, 9), ("limit of exact", 20.0, 2, 1), ("fast", 25.0, 3, 1)):
         of = {"time_ms": time_ms, "p20_ms": time_ms, "p80_ms": time_ms, "peak_memory": peak << 30, "waits": waits}
         rows.append(measured, row | {"arm": arm} | of)
-    rows.append(measured, row | {"arm": "Liger", "not_run": "liger_kernel is not installed"})
-    rows.append(measured, row | {"arm": "PEFT", "commit": "other", "not_run": "no"})
+    rows.append(measured, row | {"arm": steps.LIGER, "not_run": "liger_kernel is not installed"})
+    rows.append(measured, row | {"arm": steps.BASE, "commit": "other", "not_run": "no"})
     table, other = gpu_steps().split("\n\n| model")
     assert "| llama-1b | full | fast | 25.0 | 25.0 to 25.0 | 9 | 1.60 |  | 75% | 3.0 | 0.75 |" in table
-    assert "| llama-1b | full | Liger | not run: liger_kernel is not installed |" in table
-    assert "NVIDIA H100, torch 2.11.0, commit abc." in table
+    assert "| llama-1b | full | TRL + PEFT + Liger | not run: liger_kernel is not installed |" in table
+    assert "NVIDIA H100, torch 2.11.0, commit abc, trl 1.16.0, peft 0.21.2, transformers 5.24.0." in table
     assert "1.60" not in other
     assert "| fast | 1 |" in gpu_waits()
+
+
+def test_an_arm_measured_at_a_later_commit_has_a_table_with_its_own_baseline(
+    measured: Path, card: pytest.MonkeyPatch
+) -> None:
+    """The table of the first commit keeps its baseline."""
+    speed = {steps.BASE: 40.0, "limit of exact": 20.0, "fast": 30.0, "plan": 25.0}
+    number = ("time_ms", "p20_ms", "p80_ms", "tokens_per_second", "peak_memory")
+    card.setattr(steps, "steps_of", lambda cell, arm: dict.fromkeys(number, speed[arm]) | {"waits": 1})
+    card.setattr(steps.measure, "__defaults__", ((SMALL,),))
+    card.setattr(kernels, "check", lambda device: True)
+    card.setattr(proof, "judge", lambda device: None)
+    card.setattr(gpu, "write_tables", lambda: None)
+    card.setattr(steps, "ALONE", ())
+    card.setenv("CELORA_COMMIT", "first")
+    steps.measure((*steps.COMPARED, "fast"), time.monotonic() + 1000)
+    card.setenv("CELORA_COMMIT", "second")
+    gpu.main(["--arms", "plan"])
+    first, second = gpu_steps().split("\n\n| model")
+    assert "| fast | 30.0 | 30.0 to 30.0 | 30 | 1.33 |  | 50% |" in first
+    assert "| plan | 25.0 | 25.0 to 25.0 | 25 | 1.60 |  | 75% |" in second
+    assert "commit first," in first
+    assert "commit second," in second
 
 
 def test_waits_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,7 +405,7 @@ def test_waits_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_its_arms_and_cells_are_those_of_the_bench() -> None:
-    assert set(steps.ARMS) - ARMS.keys() == {steps.INT8, steps.AGAIN}
+    assert set(steps.ARMS) - ARMS.keys() == {steps.BASE, steps.LIGER, steps.INT8, steps.AGAIN}
     assert [(cell.model, cell.data) for cell in steps.CELLS] == [
         (f"llama-{size.lower()}", data) for size in MODELS for data in ("full", "instruct")
     ]

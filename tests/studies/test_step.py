@@ -37,7 +37,7 @@ def test_where_TRL_would_autocast_every_arm_computes_in_bfloat16(
     cell, found = Cell("h64-v1k", "instruct", "bfloat16", 64), []
     batches = make_batches(cell)
     for autocasts in (False, True):
-        patch_all(monkeypatch, "celora.studies.step:_autocasts", lambda model, said=autocasts: said)
+        patch_all(monkeypatch, "celora.studies.step:autocasts", lambda model, said=autocasts: said)
         step = make_step(cell, "PEFT", batches, tmp_path / "plan.json", {})
         adapter = next(module for name, module in step.model.named_modules() if name.endswith("lora_A.default"))
         adapter.register_forward_hook(lambda module, inputs, output: found.append((module.weight.dtype, output.dtype)))

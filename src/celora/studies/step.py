@@ -58,17 +58,21 @@ class Step:
     def __init__(self, model: Any, folder: Path, *, compiled: bool = False) -> None:
         """`folder`: Trainer needs an output folder, but nothing is written into it."""
         self.model = model.train()
+        self.trainer = self.make_trainer(folder)
+        self.optimizer = self.trainer.create_optimizer()
+        self.run = torch.compile(model) if compiled else model
+
+    def make_trainer(self, folder: Path) -> Any:
+        """Transformers' Trainer of the model."""
         arguments = TrainingArguments(
             str(folder),
             report_to="none",
             use_cpu=accelerator() is None,
-            bf16=_autocasts(model),
+            bf16=autocasts(self.model),
             remove_unused_columns=False,
             disable_tqdm=True,
         )
-        self.trainer = Trainer(model, arguments)
-        self.optimizer = self.trainer.create_optimizer()
-        self.run = torch.compile(model) if compiled else model
+        return Trainer(self.model, arguments)
 
     def __call__(self, batch: Batch) -> tuple[float, float, float]:
         """Milliseconds of forward, backward and optimizer."""
@@ -109,7 +113,8 @@ class Step:
         self.optimizer.zero_grad()
 
 
-def _autocasts(model: Any) -> bool:
+def autocasts(model: Any) -> bool:
+    """Whether the model trains under autocast: in bfloat16 on CUDA."""
     return bool(model.device.type == "cuda" and model.dtype == torch.bfloat16)
 
 
@@ -138,11 +143,12 @@ def make_step(cell: Cell, arm: str, batches: Sequence[Batch], plan_file: Path, f
             if not p.requires_grad:
                 p.data = frozen.setdefault(name.replace(".base_layer", ""), p.data)
     model.train()
-    _attach(model, arm, batches, plan_file)
+    attach_arm(model, arm, batches, plan_file)
     return Step(model, plan_file.parent, compiled=arm.endswith("+ compile"))
 
 
-def _attach(model: PeftModel, arm: str, batches: Sequence[Batch], plan_file: Path) -> None:
+def attach_arm(model: PeftModel, arm: str, batches: Sequence[Batch], plan_file: Path) -> None:
+    """Attach what an arm is named for to a PEFT model; nothing for arm `PEFT`."""
     if arm == "plan":
         plan = Plan.load(plan_file) if plan_file.exists() else celora.make_plan(model, batches)
         plan.save(plan_file)
