@@ -17,7 +17,6 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from trl import SFTTrainer
 
 import celora
 import forked
@@ -30,9 +29,8 @@ from benchmarks.steps.tables import gpu_steps, gpu_waits
 from celora.kernels import backends, floats
 from celora.kernels.triton import judged, proof
 from celora.modeling import varlen
-from celora.runtime.attachment import find
-from celora.studies.cells import Cell, make_batches
-from celora.studies.step import ARMS, make_step
+from celora.studies.cells import Cell
+from celora.studies.step import ARMS
 from without import without
 
 CPU, ROOT = torch.device("cpu"), Path(__file__).parents[2]
@@ -257,40 +255,6 @@ def test_every_arm_has_a_row_of_its_own(measured: Path, monkeypatch: pytest.Monk
         assert row["forward_ms"] + row["backward_ms"] + row["optimizer_ms"] == pytest.approx(row["time_ms"], rel=0.5)
         assert row["peak_memory"] > 0
         assert row["by"]["softmax_rows"] in ("c", "torch")
-
-
-@pytest.mark.parametrize("arm", ["TRL + PEFT", "exact"])
-@CHECKPOINTING
-def test_the_loss_of_each_arm_is_that_of_trls_trainer(arm: str, tmp_path: Path) -> None:
-    """Its fused head computes it, and its metrics are collected. Weights move as Transformers' Trainer moves them."""
-    batches = make_batches(SMALL)
-    step = steps._step(SMALL, arm, batches, tmp_path)
-    usual = make_step(SMALL, "PEFT", batches, tmp_path / "plan.json", {})
-    usual.optimizer.param_groups[0]["lr"] = step.optimizer.param_groups[0]["lr"]  # defaults differ
-    asked: list[object] = []
-    step.model.register_forward_pre_hook(lambda *given: asked.append(given[2].get("fused_lm_head")), with_kwargs=True)
-    for batch in batches[:2]:
-        step(batch)
-        usual(batch)
-    assert isinstance(step.trainer, SFTTrainer)
-    assert not step.trainer.args.gradient_checkpointing
-    assert asked == [True, True]
-    assert len(step.trainer._metrics["train"]["entropy"]) == 2
-    moved = [
-        torch.cat([p.detach().flatten() for p in of.model.parameters() if p.requires_grad]) for of in (step, usual)
-    ]
-    torch.testing.assert_close(*moved, rtol=0, atol=1e-6)
-    assert (find(step.model) is None) == (arm == steps.BASE)
-
-
-@CHECKPOINTING
-@pytest.mark.filterwarnings("ignore:`use_liger_kernel=True` is deprecated:FutureWarning")
-def test_liger_leaves_the_head_to_trl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("liger_kernel")
-    given: list[tuple[Any, Any]] = []
-    monkeypatch.setattr("transformers.integrations.liger.apply_liger_kernel", lambda *args: given.append(args))
-    step = steps._step(SMALL, steps.LIGER, make_batches(SMALL), tmp_path)
-    assert given == [(step.model, {"fused_linear_cross_entropy": False})]
 
 
 def test_without_trl_every_row_says_so(measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
