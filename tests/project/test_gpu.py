@@ -147,8 +147,10 @@ def test_a_wrong_kernel_ends_it_before_anything_is_measured(card: pytest.MonkeyP
 def test_what_could_not_run_is_printed(
     card: pytest.MonkeyPatch, timed: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    card.setattr(kernels, "check", lambda device, map_: True)
-    card.setattr(kernels, "time_kernels", lambda device: [{"model": "1B", "operation": "pack_floats", "not_run": "no"}])
+    card.setattr(kernels, "check", lambda device: True)
+    card.setattr(
+        kernels, "time_kernels", lambda device, deadline: [{"model": "1B", "operation": "pack_floats", "not_run": "no"}]
+    )
     card.setattr(proof, "judge", lambda device: None)
     card.setattr(steps, "measure", lambda arms, deadline: None)
     card.setattr(gpu, "write_tables", lambda: None)
