@@ -78,9 +78,10 @@ class EightBit(Product):
         if self._scale is not None and isinstance(weight, DTensor):  # sharded: `recheck` compares it
             return self._scale
         if self._scale is None or not self._made_of_this(weight):
-            self._scale = self._scale_of(weight)
-            self._packed = self._pack(weight.detach(), self._scale) if self.copy else None
-            self._made_of, self._some = self._identity(weight), _some_numbers(owner_of(weight))
+            with torch.inference_mode(False), torch.no_grad():  # training goes on with what an evaluation makes
+                self._scale = self._scale_of(weight)
+                self._packed = self._pack(weight.detach(), self._scale) if self.copy else None
+                self._made_of, self._some = self._identity(weight), _some_numbers(owner_of(weight))
         return self._scale
 
     def _identity(self, weight: Tensor) -> tuple[Any, ...]:
