@@ -43,8 +43,10 @@ class Verdict:
 
 def cannot_run(device: torch.device) -> str:
     """Why the kernels cannot run on this device at all, or ''."""
-    if device.type != "cuda" or not torch.cuda.is_available():
+    if device.type != "cuda":
         return f"Triton's kernels need an NVIDIA GPU, not {device.type}"
+    if not torch.cuda.is_available():
+        return "Triton's kernels need an NVIDIA GPU, and torch finds none"
     if torch.version.hip is not None:
         return "Triton's kernels were never tried on AMD"
     if importlib.util.find_spec("triton") is None:
