@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from celora.kernels.backends import TABLE, Backend
+from celora.kernels.backends import TABLE, Backend, backends_of
 from celora.kernels.c import library, tier
 
 
@@ -17,6 +17,16 @@ def without(patch: pytest.MonkeyPatch, *names: str, operations: tuple[str, ...] 
     """Remove the backends with these names, from these operations or from all."""
     for operation in operations or tuple(TABLE):
         patch.setitem(TABLE, operation, [backend for backend in TABLE[operation] if backend.name not in names])
+
+
+PASSES = ("rms_norm", "rms_norm_backward", "gated", "gated_backward")
+
+
+def as_on_accelerators(patch: pytest.MonkeyPatch) -> None:
+    """Torch's operators compute norms and gates, and nothing rotations, as where celora has no kernels of its own."""
+    without(patch, "c")
+    for operation in PASSES:
+        patch.setitem(TABLE, operation, [Backend("torch", backends_of(operation)[-1].run)])
 
 
 def take_path(patch: pytest.MonkeyPatch, path: str) -> str:

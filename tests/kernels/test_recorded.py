@@ -12,7 +12,7 @@ from torch.library import opcheck
 from celora.kernels.c.both import TurnedPanels
 from celora.kernels.packed import QuantisedRows
 from celora.kernels.plain import IntegersBothWays, row_scales
-from celora.kernels.recorded import product_in_graph, product_of_gradients, product_of_rows, recorded, rounded_input
+from celora.kernels.recorded import input_in_graph, product_in_graph, product_of_gradients, product_of_rows, recorded
 from celora.kernels.triton.product import TiledBothWays
 from machine import refuses
 
@@ -34,8 +34,8 @@ def test_what_the_copy_computes(dtype: torch.dtype, scaled: bool) -> None:
     assert product_in_graph(x, copy, bias, dtype).equal(expected.view(3, 7, 24))
     backward = gradients, *copy
     assert product_of_gradients(*backward).equal(packed.rows(gradients, None, position=None, onto=None))
-    opcheck(rounded_input, (x.view(21, 16), copy.input_scale, copy.layout), test_utils=CHECKED)
-    opcheck(product_of_rows, (rows.q, rows.scale, copy.q, copy.scale, bias, dtype, copy.layout), test_utils=CHECKED)
+    opcheck(input_in_graph, (x.view(21, 16), copy.input_scale, copy.layout), test_utils=CHECKED)
+    opcheck(product_of_rows, (rows.q, rows.scale, bias, dtype, *copy), test_utils=CHECKED)
     opcheck(product_of_gradients, backward, test_utils=CHECKED)
 
 
@@ -78,9 +78,9 @@ def test_the_operators_read_their_tensors_alone() -> None:
     """A CUDA graph repeats the launches of its recording, so nothing else may decide what they compute."""
     weight, x = torch.randn(8, 16), torch.randn(3, 16)
     packed = IntegersBothWays.pack(weight, row_scales(weight))
-    copy, rows = recorded(packed), rounded_input(x, None, "IntegersBothWays")
+    copy, rows = recorded(packed), input_in_graph(x, None, "IntegersBothWays")
     assert copy is not None
-    before = product_of_rows(*rows, copy.q, copy.scale, None, torch.float32, copy.layout)
+    before = product_of_rows(*rows, None, torch.float32, *copy)
     packed.scale.mul_(2)
-    assert product_of_rows(*rows, copy.q, copy.scale, None, torch.float32, copy.layout).equal(2 * before)
+    assert product_of_rows(*rows, None, torch.float32, *copy).equal(2 * before)
     assert packed.multiply(QuantisedRows(*rows), None, torch.empty(3, 8)).equal(2 * before)

@@ -299,6 +299,16 @@ def test_a_copy_for_graphs_goes_with_its_weight(monkeypatch: pytest.MonkeyPatch)
     assert not forward.product.holds_copy
 
 
+def test_a_loaded_state_needs_no_other_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without(monkeypatch, "c", "onednn")
+    monkeypatch.setattr(both_ways, "reads_freely", lambda _: False)
+    model = attached()
+    train(model, 1)
+    celora.save_state(model, tmp_path)
+    celora.load_state(model, tmp_path)
+    assert all(forward.product.traceable for forward in require(model).forwards.values())
+
+
 @pytest.mark.parametrize("width", [8, 47, 49])
 def test_an_input_of_another_width_or_dtype_is_torchs_error(width: int) -> None:
     layer = attached().base_model.model.model.layers[0].mlp.up_proj.base_layer

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 
 import celora
 from celora import CELoraConfig, CELoraError
-from celora.kernels.backends import TABLE, Backend, available, backends_of
+from celora.kernels.backends import available
 from celora.machine.memory import saved_for_backward
 from celora.modeling.int8_base import original_weights
 from celora.modeling.int8_linear import Int8Linear
@@ -24,7 +24,7 @@ from celora.modeling.passes.rotation import Rotation
 from celora.runtime.attachment import require
 from machine import refuses
 from small import adapter, make_base, make_batch, make_model, train
-from without import without
+from without import as_on_accelerators, without
 
 FEW = ["q_proj", "down_proj"]  # tracing takes a second for each layer
 LORA = {"r": 8, "target_modules": "all-linear", "init_lora_weights": False}
@@ -178,8 +178,7 @@ def test_on_accelerators_norms_and_gates_save_in_8_bits_too(monkeypatch: pytest.
     without(monkeypatch, "c")
     expected = quantised().train()
     celora.attach(expected, BOTH, fused=True)
-    for operation in ("rms_norm", "rms_norm_backward", "gated", "gated_backward"):
-        monkeypatch.setitem(TABLE, operation, [Backend("torch", backends_of(operation)[-1].run)])
+    as_on_accelerators(monkeypatch)
     model, other = quantised().train(), make_model().train()
     for attached in (model, other):
         celora.attach(attached, BOTH, fused=True)

@@ -11,13 +11,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.models.llama import modeling_llama
 
 import celora
 from celora.modeling.model_graft import packing
+from celora.modeling.passes import known as passes
+from celora.modeling.passes.norm import Norm
 from decoders import model_of
 from labelled import gradients, ragged
 from tolerances import OF_GRADIENT
-from without import without
+from without import as_on_accelerators, without
 
 pytest.importorskip("liger_kernel.transformers", reason="liger-kernel is not installed")
 CALLS: list[str] = []
@@ -37,7 +40,6 @@ def gate(gated: Tensor, up: Tensor, *_: float) -> Tensor:
 def apply(monkeypatch: pytest.MonkeyPatch) -> Any:
     """What Trainer does with `use_liger_kernel=True` and TRL's settings, undone after the test."""
     from liger_kernel.transformers import _apply_liger_kernel_to_instance, rms_norm, rope, swiglu
-    from transformers.models.llama import modeling_llama
 
     usual = modeling_llama.apply_rotary_pos_emb
 
@@ -56,6 +58,18 @@ def apply(monkeypatch: pytest.MonkeyPatch) -> Any:
     return lambda model: _apply_liger_kernel_to_instance(
         model=model.get_base_model(), fused_linear_cross_entropy=False, cross_entropy=False
     )
+
+
+def test_norms_of_a_patched_class_stay_ligers_where_torch_would_compute_them(
+    apply: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On accelerators, with a base in 8 bits: there celora saves the inputs of the model's own norms in 8 bits."""
+    from liger_kernel.transformers import LigerRMSNorm
+
+    as_on_accelerators(monkeypatch)
+    assert list(passes.known(model_of("llama"), compact=True).values()).count(Norm) == 5
+    monkeypatch.setattr(modeling_llama, "LlamaRMSNorm", LigerRMSNorm)
+    assert Norm not in passes.known(model_of("llama"), compact=True).values()
 
 
 @pytest.mark.parametrize("first", ["Liger", "celora"])

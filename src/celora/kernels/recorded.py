@@ -48,41 +48,55 @@ def recorded(packed: BothWays) -> Recorded | None:
     mark = borrow("torch._dynamo:mark_static_address")
     for tensor in (packed.stored, packed.scale, packed.input_scale):
         if tensor is not None and mark is not None:
-            mark(tensor)
+            mark(tensor, guard=False)  # another copy needs no other graph
     return Recorded(packed.stored, packed.scale, packed.input_scale, layout)
 
 
 def product_in_graph(x: Tensor, weight: Recorded, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """`x W^T + b` of `x: (..., in)` in a graph: (..., out). Layers with one x and one u share its 8-bit form there."""
-    rows, row_scale = rounded_input(x.reshape(-1, x.shape[-1]), weight.input_scale, weight.layout)
-    y: Tensor = product_of_rows(rows, row_scale, weight.q, weight.scale, bias, dtype, weight.layout)
+    rows, row_scale = input_in_graph(x.reshape(-1, x.shape[-1]), weight.input_scale, weight.layout)
+    y: Tensor = product_of_rows(rows, row_scale, bias, dtype, *weight)
     return y.view(*x.shape[:-1], -1)
 
 
-@torch.library.custom_op("celora::rounded_input", mutates_args=())
-def rounded_input(x: Tensor, input_scale: Tensor | None, layout: str) -> tuple[Tensor, Tensor]:
+@torch.library.custom_op("celora::input_in_graph", mutates_args=())
+def input_in_graph(x: Tensor, input_scale: Tensor | None, layout: str) -> tuple[Tensor, Tensor]:
     """`x diag(u)` of `x: (T, in)` in 8 bits, (T, in), and the scales of its rows, (T,)."""
     rows = _LAYOUTS[layout].rounded(x, input_scale)
     return rows.q, rows.scale
 
 
-@rounded_input.register_fake
+@input_in_graph.register_fake
 def _(x: Tensor, input_scale: Tensor | None, layout: str) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[0], dtype=torch.float32)
 
 
 @torch.library.custom_op("celora::product_of_rows", mutates_args=())
 def product_of_rows(
-    rows: Tensor, row_scale: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype, layout: str
+    rows: Tensor,
+    row_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    q: Tensor,
+    scale: Tensor,
+    input_scale: Tensor | None,
+    layout: str,
 ) -> Tensor:
     """`x W^T + b`, (T, out), of x in 8 bits: `rows: (T, in)` and their scales, (T,)."""
     out = rows.new_empty(rows.shape[0], q.shape[0], dtype=dtype)
-    return _LAYOUTS[layout](q, scale).multiply_into(QuantisedRows(rows, row_scale), bias, out)
+    return _LAYOUTS[layout](q, scale, input_scale).multiply_into(QuantisedRows(rows, row_scale), bias, out)
 
 
 @product_of_rows.register_fake
 def _(
-    rows: Tensor, row_scale: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype, layout: str
+    rows: Tensor,
+    row_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    q: Tensor,
+    scale: Tensor,
+    input_scale: Tensor | None,
+    layout: str,
 ) -> Tensor:
     return rows.new_empty(rows.shape[0], q.shape[0], dtype=dtype)
 

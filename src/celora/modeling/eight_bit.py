@@ -125,6 +125,8 @@ class EightBitForward(FloatForward):
         measures = observes and (compiling or not in_dispatch_mode())
         y: Tensor
         if torch.is_grad_enabled():
+            if compiling and not measures:  # a refresh must not ask, or there would be a graph for the first one
+                self.product.stay_on(x.device)
             y = _Forward.apply(x, weight, bias, self.graft, dtype, measures)  # type: ignore[no-untyped-call]
         elif compiling:  # what looks at the weight, which may have changed since the latest step
             y = forward_product(x, weight, bias, self.graft.estimator.out_features, self.graft.key, dtype, False)

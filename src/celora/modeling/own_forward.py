@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from celora.errors import CELoraError
-from celora.kernels.operations import available
+from celora.kernels.backends import available, choose
 from celora.modeling.graft import scripted, selectively_checkpointed
 from celora.modeling.hooks import Hook, nothing
 from celora.modeling.switch import Switch
@@ -79,15 +79,20 @@ def may_be_copied() -> bool:
     return torch.accelerator.device_count() > 1
 
 
-def single(args: tuple[Any, ...], kwargs: dict[str, Any], operation: str) -> Tensor | None:
-    """The argument of a call with one argument, if a kernel of this operation takes it; else None."""
+def single(args: tuple[Any, ...], kwargs: dict[str, Any], operation: str, *, compact: bool) -> Tensor | None:
+    """The argument of a call with one argument, if it is `computable`; else None."""
     x = args[0] if len(args) == 1 and not kwargs else None
-    return x if computable(x, operation) else None
+    return x if computable(x, operation, compact=compact) else None
 
 
-def computable(x: object, operation: str) -> bool:
-    """Whether this is a plain tensor, not empty, of at least two dimensions, that a kernel of this operation takes."""
-    return type(x) is Tensor and x.dim() >= 2 and x.numel() > 0 and available(operation, x)
+def computable(x: object, operation: str, *, compact: bool = False) -> bool:
+    """Whether this is a plain tensor, not empty, of at least two dimensions, for which this operation `pays`."""
+    return type(x) is Tensor and x.dim() >= 2 and x.numel() > 0 and pays(operation, x, compact=compact)
+
+
+def pays(operation: str, like: Tensor, *, compact: bool) -> bool:
+    """Whether a kernel computes this operation, or, where inputs are saved compactly, torch's operators do."""
+    return available(operation, like) and (compact or choose(operation, like).name != "torch")
 
 
 def numbers(*shape: int) -> Tensor:

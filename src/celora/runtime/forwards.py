@@ -64,9 +64,12 @@ class Forwards(dict[str, EightBitForward | EightBitHead]):
 
     def keep_up(self) -> None:
         """After an optimizer step: see to the copies of weights that compiled graphs multiply with."""
-        for forward in self.values():
-            if isinstance(forward, EightBitForward):  # the head stays outside of graphs
-                forward.keep_up()
+        for name in self:
+            self._keep_up(name)
+
+    def _keep_up(self, name: str) -> None:
+        if isinstance(forward := self[name], EightBitForward):  # the head stays outside of graphs
+            forward.keep_up()
 
     def follow_inputs(self, device: torch.device | None) -> set[str]:
         """Tell each product the levels of its input features, if it does not know them. Returns the layers concerned.
@@ -120,6 +123,7 @@ class Forwards(dict[str, EightBitForward | EightBitHead]):
         product = self[name].product
         product.take_sizes()
         product.follow_levels(None if levels is None else levels.tolist())
+        self._keep_up(name)
         self.errors.pop(name, None)
         if error is not None:
             self.errors[name] = float(error)

@@ -51,11 +51,11 @@ def whole_model_notes(
     if known:
         counts = Counter(kind.name for kind in known)
         listed = ", ".join(f"{n} {name}" for name, n in counts.items())
-        if all(layer.device.type == "cpu" for layer in found.layers.values()):
+        if compact and any(layer.device.type != "cpu" for layer in found.layers.values()):
+            notes.append(f"Inputs saved for the backward in 8 bits: those of {listed}.")
+        else:
             saved = "; activations saved for the backward in 8 bits, attention's in 16" if compact else ""
             notes.append(f"On CPU, in one pass each: {listed}{saved}.")
-        else:
-            notes.append(f"Inputs saved for the backward in 8 bits: those of {listed}.")
     if config.labelled_head:
         language = found.language_model
         share = "" if config.head_keep_ratio == 1 else f", its gradient through {config.head_keep_ratio:g} of the words"

@@ -25,12 +25,13 @@ class Gate(OwnForward):
     name = "gates"
 
     def forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
-        x = single(args, kwargs, "gated")
+        compact = self.switch.compact
+        x = single(args, kwargs, "gated", compact=compact)
         parts = None if x is None else named_parts(module, x.dtype)
         if x is None or parts is None or _watched(getattr(module, parts.activation)):
             return type(module).forward(module, *args, **kwargs)
         gate, up = getattr(module, parts.gate)(x), getattr(module, parts.up)(x)
-        fit = computable(gate, "gated") and type(up) is torch.Tensor
+        fit = computable(gate, "gated", compact=compact) and type(up) is torch.Tensor
         fit = fit and (up.dtype, up.shape, up.device) == (gate.dtype, gate.shape, gate.device)
         if not fit:
             return getattr(module, parts.down)(getattr(module, parts.activation)(gate) * up)

@@ -29,9 +29,8 @@ import functools
 import torch
 from torch import nn
 
-from celora.kernels.backends import available, choose
 from celora.modeling.hooks import has_another_s_forward
-from celora.modeling.own_forward import OwnForward, may_be_copied
+from celora.modeling.own_forward import OwnForward, may_be_copied, pays
 from celora.modeling.passes.gate import Gate, named_parts
 from celora.modeling.passes.norm import Norm, epsilon
 from celora.modeling.passes.rotation import Rotation, calls_turn, turn_of, turns
@@ -41,27 +40,22 @@ def known(model: nn.Module, *, compact: bool = False) -> dict[nn.Module, type[Ow
     """The modules under `model` that get such a forward, each with the class of its forward.
 
     There are none where models may be copied. Where torch's operators compute it, there are none unless `compact`:
-    whether these forwards save in 8 bits.
+    whether these forwards save in 8 bits. Liger's modules stay Liger's.
     """
     found: dict[nn.Module, type[OwnForward]] = {}
     if may_be_copied():
         return found
-    pays = functools.cache(functools.partial(_pays, compact=compact))
+    on = functools.cache(lambda operation, device: pays(operation, torch.empty(1, device=device), compact=compact))
     for module in model.modules():
         kind = type(module)
         device = next((p.device for p in module.parameters()), torch.device("cpu"))
-        if has_another_s_forward(module) or not pays("rms_norm", device):
+        if has_another_s_forward(module) or kind.__module__.startswith("liger_kernel.") or not on("rms_norm", device):
             continue
         if kind.__name__.endswith("RMSNorm") and epsilon(module):
             if [name for name, _ in module.named_parameters()] == ["weight"]:
                 found[module] = Norm
         elif named_parts(module) is not None:
             found[module] = Gate
-        elif pays("rotate", device) and calls_turn(kind.forward) and turns(turn_of(kind.forward)):
+        elif on("rotate", device) and calls_turn(kind.forward) and turns(turn_of(kind.forward)):
             found[module] = Rotation
     return found
-
-
-def _pays(operation: str, device: torch.device, *, compact: bool) -> bool:
-    like = torch.empty(1, device=device)
-    return available(operation, like) and (compact or choose(operation, like).name != "torch")

@@ -27,7 +27,7 @@ class Norm(OwnForward):
         return {**super().__getstate__(), "tried": {}, "_of": None}  # a function of the user's may not be copied
 
     def forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
-        x = single(args, kwargs, "rms_norm")
+        x = single(args, kwargs, "rms_norm", compact=self.switch.compact)
         variant = None if x is None else self._variant(module, x)
         if x is None or variant is None:
             return type(module).forward(module, *args, **kwargs)

@@ -112,11 +112,16 @@ class Int8BothWays(Int8Product):
 
         `anew`: make one of this weight, if inputs are multiplied with it. Without, torch would compile another graph.
         """
-        if not self.copy or reads_freely(weight.device):
+        if reads_freely(weight.device):
             return
         if anew and self.levels is not None:
             self._follow(weight)
         elif not self._made_of_this(weight):
+            self.forget()
+
+    def stay_on(self, device: torch.device) -> None:
+        """Forget a copy for graphs that is on another device, as after the model has moved."""
+        if self._recorded is not None and self._recorded.q.device != device:
             self.forget()
 
     def unavailable(self, out_features: int, in_features: int, device: torch.device) -> str:
@@ -153,6 +158,7 @@ class Int8BothWays(Int8Product):
         if self._recorded is None or not torch.compiler.is_compiling():
             return super().rows(grad_output, weight, index, position=position, onto=onto)
         assert index is None  # what is traced multiplies all rows
+        assert onto is None
         y: Tensor = product_of_gradients(grad_output, *self._recorded)
         return y
 
