@@ -38,7 +38,7 @@ from celora.studies.step import Step, attach_arm, make_step
 
 ROWS = Path(__file__).with_name("gpu.jsonl")
 FIELDS = ("model", "data", "dtype", "tokens", "arm", "commit")  # a table is of one commit, and keeps its baseline
-CELLS = tuple(Cell(model, data, tokens=2048) for model in LLAMAS for data in ("full", "instruct"))
+CELLS = tuple(Cell(model, data, tokens=2048) for model in reversed(LLAMAS) for data in ("full", "instruct"))
 BASE, LIGER = "TRL + PEFT", "TRL + PEFT + Liger"
 COMPARED = (BASE, "limit of exact")  # what the ratios of a table need
 INT8, AGAIN = "fast, int8 base", f"{BASE}, again"
@@ -65,14 +65,15 @@ Job = tuple[Cell, str]
 def measure(arms: Iterable[str], deadline: float, cells: Iterable[Cell] = CELLS) -> None:
     """Write a row for each arm of each cell until `deadline` (of `time.monotonic`). Say what is left out.
 
-    Arms are in the order of `ARMS`: cell by cell those that need no process of their own.
+    The baseline with Liger is first, as the others are compared with it. Then, cell by cell, those that need no process
+    of their own, and the rest in the order of `ARMS`.
     """
     cells, arms = tuple(cells), [arm for arm in ARMS if arm in set(arms)]
-    first = [arm for arm in arms if arm not in (*ALONE, AGAIN)]
-    left = _measure([(cell, arm) for cell in cells for arm in first], deadline)
-    for arm in (arm for arm in arms if arm not in first):
-        jobs = [(cell, arm) for cell in cells]
-        if arm in ALONE and not missing(arm):
+    apart = [[arm] for arm in arms if arm in (*ALONE, AGAIN)]
+    together, left = [arm for arm in arms if [arm] not in apart], list[Job]()
+    for group in sorted(filter(None, [together, *apart]), key=lambda group: group != [LIGER]):
+        jobs = [(cell, arm) for cell in cells for arm in group]
+        if group[0] in ALONE and not missing(group[0]):
             left += _measure_alone(jobs, deadline)
         else:
             left += _measure(jobs, deadline)

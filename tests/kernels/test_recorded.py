@@ -73,6 +73,17 @@ def test_the_layouts_of_accelerators() -> None:
     assert {getattr(t, "_dynamo_static_input_type", "") for t in (q, scale)} == {"unguarded"}
 
 
+@pytest.mark.parametrize("shape", [(32, 48), (24, 48), (32, 40)])
+def test_torch_multiplies_where_tritons_product_would_spill(shape: tuple[int, int]) -> None:
+    """Over a depth that is no multiple of 16; each side is the depth of one direction."""
+    weight = torch.randn(shape)
+    scale = row_scales(weight)
+    packed = TiledBothWays.pack(weight, scale)
+    expected = TiledBothWays if shape == (32, 48) else IntegersBothWays
+    assert type(packed) is type(TiledBothWays.holding(packed.stored, scale, shape[1])) is expected
+    assert packed.stored.equal(IntegersBothWays.pack(weight, scale).stored)
+
+
 @SKIPPED
 def test_the_operators_read_their_tensors_alone() -> None:
     """A CUDA graph repeats the launches of its recording, so nothing else may decide what they compute."""

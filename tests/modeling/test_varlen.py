@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import create_block_mask
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
@@ -146,6 +147,15 @@ def test_a_token_sees_earlier_tokens_of_its_sequence() -> None:
     assert seen_by(mask).equal((sequence[:, None] == sequence) & (place[:, None] >= place))
 
 
+@pytest.mark.parametrize("lengths", [[1], [128], [127, 1, 128, 3], [300, 20, 129, 255], [1] * 130, [600, 256, 1]])
+def test_blocks_are_those_that_torch_finds_in_all_pairs(lengths: list[int]) -> None:
+    tokens, begins = sum(lengths), torch.tensor([0, *lengths]).cumsum(0).int()
+    found = varlen.block_mask(begins, tokens, torch.float32, 16)
+    expected = create_block_mask(found.mask_mod, None, None, tokens, tokens, device="cpu").as_tuple()
+    for one, other in zip(found.as_tuple(), expected, strict=True):
+        assert one.equal(other) if isinstance(other, Tensor) else one == other
+
+
 def lacks_the_kernel(*_: Any) -> Tensor:
     raise RuntimeError("no kernel image is available for execution on the device")
 
@@ -201,11 +211,27 @@ def test_the_trial_finds_a_wrong_mask(size: int, on_gpu: pytest.MonkeyPatch) -> 
     assert not any(varlen._works(torch.device("cpu"), dtype, size) for dtype in kinds)
 
 
-@pytest.mark.parametrize(("capability", "there"), [((7, 5), False), ((8, 0), True), ((12, 0), True)])
-def test_kernels_need_an_ampere(capability: tuple[int, int], there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("capability", "computed"),
+    [
+        ((7, 0), {}),
+        ((7, 5), {torch.float32: "masked", torch.float16: "masked"}),
+        ((8, 0), {torch.float32: "masked", torch.float16: "", torch.bfloat16: ""}),
+        ((12, 0), {torch.float32: "masked", torch.float16: "", torch.bfloat16: ""}),
+    ],
+)
+def test_what_computes_in_one_call(
+    capability: tuple[int, int], computed: dict[torch.dtype, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert varlen.available(torch.device("cuda")) is there
-    assert not varlen.available(torch.device("cpu"))
+    monkeypatch.setattr(varlen, "half_function", lambda: one_by_one)
+    monkeypatch.setattr(varlen, "_works", lambda *_: True)
+    config, device = model_of("llama").config, torch.device("cuda")
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        assert varlen.computes(config, device, dtype) is (dtype in computed)
+        if dtype in computed:
+            assert varlen.compiles(config, device, dtype) is (computed[dtype] != "masked")
+        assert not varlen.computes(config, torch.device("cpu"), dtype)
 
 
 @pytest.mark.parametrize("function", [lacks_the_kernel, lacks_the_backward, is_not_finite, sees_other_sequences])

@@ -274,10 +274,12 @@ def _break(*_: object) -> NoReturn:
 
 
 def test_what_there_is_no_time_for_is_named(measured: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    steps.measure(("plan", steps.INT8), time.monotonic() - 1, (SMALL,))
+    """In their order: the baseline with Liger is first."""
+    steps.measure(("plan", steps.INT8, steps.LIGER), time.monotonic() - 1, (SMALL,))
     assert capsys.readouterr().out.splitlines() == [
-        "left out, for want of time: fast, int8 base of h64-v1k instruct, plan of h64-v1k instruct; "
-        "`python benchmarks/gpu.py --minutes 60 --arms 'fast, int8 base' plan` measures these arms"
+        "left out, for want of time: TRL + PEFT + Liger of h64-v1k instruct, fast, int8 base of h64-v1k instruct, plan "
+        "of h64-v1k instruct; `python benchmarks/gpu.py --minutes 60 --arms 'fast, int8 base' 'TRL + PEFT + Liger' "
+        "plan` measures these arms"
     ]
     assert not measured.exists()
 
@@ -373,5 +375,5 @@ def test_waits_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_its_arms_and_cells_are_those_of_the_bench() -> None:
     assert set(steps.ARMS) - ARMS.keys() == {steps.BASE, steps.LIGER, steps.INT8, steps.AGAIN}
     assert [(cell.model, cell.data) for cell in steps.CELLS] == [
-        (f"llama-{size.lower()}", data) for size in MODELS for data in ("full", "instruct")
+        (f"llama-{size.lower()}", data) for size in reversed(MODELS) for data in ("full", "instruct")
     ]

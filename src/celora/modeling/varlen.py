@@ -1,8 +1,8 @@
 """Attention of all packed sequences in one call, on a CUDA device. Not measured.
 
 In float16 and bfloat16 this is torch's variable-length attention or, where torch has none, that of the package
-flash-attn. Both are given where each sequence begins. In float32, and for heads of a size that these refuse, it is
-torch's FlexAttention, which is given a mask.
+flash-attn. Both are given where each sequence begins. In float32, for heads of a size that these refuse, and on GPUs
+that they refuse, it is torch's FlexAttention, which is given a mask.
 Elsewhere sequences are computed one by one (`celora.modeling.attention`).
 """
 
@@ -22,11 +22,12 @@ from transformers import AttentionInterface
 from celora.errors import out_of_memory
 
 _HALF = (torch.float16, torch.bfloat16)
-_AMPERE = (8, 0)  # the compute capability that the kernels need
+_TURING, _AMPERE = (7, 5), (8, 0)  # the compute capabilities that FlexAttention and `half_function` need
 _LARGEST_HEAD, _MULTIPLE = 256, 8  # head sizes that they take
 _NEEDED = {"scale", "window_size"}  # arguments of `varlen_attn` that its first versions lack
 _ROUNDINGS = 4  # steps of a dtype that a result may be off by: more than ten times as far is what a wrong mask gives
 _TF32 = 2.0**-10  # a step of float32 in products that may drop its last digits
+_BLOCK = 128  # tokens of one block of a `BlockMask`
 _GROUPED = "enable_gqa"  # came later: until then, key and value get as many heads as the query
 
 # query (N, heads, d), key and value (N, the same or fewer heads, d), where sequences begin, the longest, the scale
@@ -35,7 +36,11 @@ Function = Callable[[Tensor, Tensor, Tensor, Tensor, int, float], Tensor]
 
 def available(device: torch.device) -> bool:
     """Whether this is a device that one call may compute all packed sequences on."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= _AMPERE
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= _TURING
+
+
+def _before_ampere(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) < _AMPERE
 
 
 def compiles(config: Any, device: torch.device, dtype: torch.dtype) -> bool:
@@ -43,7 +48,7 @@ def compiles(config: Any, device: torch.device, dtype: torch.dtype) -> bool:
 
     FlexAttention's mask is another function for each batch, so it would be a graph for each.
     """
-    plain = _without_mask(dtype, head_size(config)) and not getattr(config, "attention_dropout", 0)
+    plain = _without_mask(device, dtype, head_size(config)) and not getattr(config, "attention_dropout", 0)
     return plain and computes(config, device, dtype)
 
 
@@ -52,7 +57,9 @@ def computes(config: Any, device: torch.device, dtype: torch.dtype) -> bool:
 
     Builds of torch may lack a kernel for this device, or its backward, and FlexAttention needs Triton.
     """
-    return available(device) and _works(device, dtype, head_size(config))
+    if not available(device) or (dtype == torch.bfloat16 and _before_ampere(device)):
+        return False
+    return _works(device, dtype, head_size(config))
 
 
 def head_size(config: Any) -> int:
@@ -102,9 +109,9 @@ def _takes(head_size: int) -> bool:
     return head_size <= _LARGEST_HEAD and head_size % _MULTIPLE == 0
 
 
-def _without_mask(dtype: torch.dtype, head_size: int) -> bool:
-    """Whether `half_function` computes heads of this dtype and size."""
-    return dtype in _HALF and _takes(head_size) and half_function() is not None
+def _without_mask(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
+    """Whether `half_function` computes heads of this dtype and size on this device."""
+    return dtype in _HALF and _takes(head_size) and not _before_ampere(device) and half_function() is not None
 
 
 def half_function() -> Function | None:
@@ -184,15 +191,29 @@ def block_mask(begins: Tensor, tokens: int, dtype: torch.dtype, head_size: int) 
     """The `BlockMask` with which FlexAttention computes packed sequences, (1, 1, tokens, tokens).
 
     A token attends to itself and to earlier tokens of its sequence. None where `half_function` computes heads of this
-    dtype and size.
+    dtype and size. It is torch's `create_block_mask`, which would ask of each pair of tokens; here, of blocks.
     """
-    if _without_mask(dtype, head_size):
+    if _without_mask(begins.device, dtype, head_size):
         return None
-    from torch.nn.attention.flex_attention import create_block_mask
+    from torch.nn.attention.flex_attention import BlockMask
 
     sequence = torch.bucketize(torch.arange(tokens, device=begins.device), begins[1:], right=True)
 
     def seen(batch: Tensor, head: Tensor, of: Tensor, at: Tensor) -> Tensor:
         return (sequence[of] == sequence[at]) & (of >= at)
 
-    return create_block_mask(seen, None, None, tokens, tokens, device=str(begins.device))
+    starts = torch.arange(0, tokens, _BLOCK, device=begins.device)
+    opens, closes = sequence[starts], sequence[(starts + _BLOCK - 1).clamp(max=tokens - 1)]
+    query = starts[:, None]
+    # All pairs of a block are seen if its key's first token is in the sequence of its query's last.
+    whole = (query > starts) & (closes[:, None] == opens) & (query + _BLOCK <= tokens)
+    some = (query >= starts) & (opens[:, None] <= closes) & ~whole
+    return BlockMask.from_kv_blocks(
+        *_in_order(some), *_in_order(whole), BLOCK_SIZE=_BLOCK, mask_mod=seen, seq_lengths=(tokens, tokens)
+    )
+
+
+def _in_order(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """How many blocks of each row are marked, (1, 1, rows), and the blocks, (1, 1, rows, columns), these first."""
+    order = blocks.int().argsort(dim=1, descending=True, stable=True)
+    return blocks.sum(1, dtype=torch.int32)[None, None], order.int()[None, None]

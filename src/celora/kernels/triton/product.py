@@ -98,6 +98,10 @@ def _padded(q: Tensor, dim: int) -> Tensor:
     return plain.padded(q.view(torch.int8), dim).view(q.dtype)
 
 
+def _aligned(*sides: int) -> bool:
+    return not any(side % 16 for side in sides)
+
+
 class _Rows(PackedWeight):
     """`rows` of a weight `q: (out, in)`: one launch quantises what is gathered, one multiplies and scatters."""
 
@@ -148,11 +152,25 @@ class TiledFloats(_Rows):
 
 
 class TiledBothWays(_Rows, IntegersBothWays):
-    """A weight for both directions: W's own layout, its scales folded into g before that is quantised."""
+    """A weight for both directions: W's own layout, its scales folded into g before that is quantised.
+
+    It is torch's layout, too, and torch multiplies with one whose sides are no multiples of 16. Over such a depth,
+    Triton's product spills registers.
+    """
 
     def __init__(self, q: Tensor, scale: Tensor, input_scale: Tensor | None = None) -> None:
         super().__init__(q, scale, input_scale)
         self.fold = scale
+
+    @classmethod
+    def pack(cls, weight: Tensor, scale: Tensor, input_scale: Tensor | None = None) -> IntegersBothWays:
+        own = super().pack if _aligned(*weight.shape) else IntegersBothWays.pack
+        return own(weight, scale, input_scale)
+
+    @classmethod
+    def holding(cls, stored: Tensor, scale: Tensor, in_features: int) -> IntegersBothWays:
+        own = super().holding if _aligned(*stored.shape) else IntegersBothWays.holding
+        return own(stored, scale, in_features)
 
     @classmethod
     def fits(cls, stored: Tensor, out_features: int, in_features: int) -> bool:
