@@ -25,6 +25,7 @@ _SUMS = 1e-5
 _STEP = {torch.float32: _SUMS, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
 _FASTER = 0.95  # of torch's time: less of a gain is noise
 _REPEATS = 15
+_WORDS = 32  # the softmax is timed for this many times as many columns as other kernels: for a vocabulary
 _FLOATS = 4e-3  # of float32 sums of 8-bit floats: a tensor core may keep 14 bits of each partial sum
 
 _ALL_TILES = 130  # rows of the products that are compared with all tiles: every variant takes a second to compile
@@ -230,7 +231,7 @@ def judge(device: torch.device, size: int = 4096) -> judged.Verdict:
     """Which kernels are right and faster than torch on this GPU: measured once, then known from the user's cache.
 
     Every kernel is compared at odd sizes, in every dtype, with numbers that are not finite. Those that are right are
-    timed, in bfloat16, for `size` rows and columns. It takes some seconds, most of them to compile.
+    timed for `size` rows and columns. It takes some seconds, most of them to compile.
     """
     known = judged.verdict(device)
     if known is not None or device.type != "cuda":
@@ -257,10 +258,16 @@ def _judged(device: torch.device, size: int) -> judged.Verdict:
         if operation.startswith("pack"):
             tiles |= _fastest_tiles(torch.float8_e4m3fn if operation == "pack_floats" else torch.int8, device, size)
             judged.remember(device, judged.Verdict(tiles=tiles), lasting=False)  # what follows is timed with them
-        times = interleaved(contenders(operation, device, size, (size, size)), repeats=_REPEATS, device=device)
-        if "torch" not in times or times["triton"]["time_ms"] < _FASTER * times["torch"]["time_ms"]:
+        if all(_is_faster(operation, device, size, dtype) for dtype in judged.DTYPES):
             faster.add(operation)
     return judged.Verdict(frozenset(faster), tiles, said)
+
+
+def _is_faster(operation: str, device: torch.device, size: int, dtype: torch.dtype) -> bool:
+    tokens, columns = (size // _WORDS, _WORDS * size) if operation == "softmax_rows" else (size, size)
+    calls = contenders(operation, device, tokens, (columns, size), dtype)
+    times = interleaved(calls, repeats=_REPEATS, device=device)
+    return "torch" not in times or times["triton"]["time_ms"] < _FASTER * times["torch"]["time_ms"]
 
 
 def wrong_somewhere(operation: str, device: torch.device, dtypes: Sequence[torch.dtype] = judged.DTYPES) -> str:
@@ -296,9 +303,13 @@ def _fastest_tiles(dtype: torch.dtype, device: torch.device, size: int) -> dict[
 
 
 def contenders(
-    operation: str, device: torch.device, tokens: int, shape: tuple[int, int]
+    operation: str,
+    device: torch.device,
+    tokens: int,
+    shape: tuple[int, int],
+    dtype: torch.dtype = torch.bfloat16,
 ) -> dict[str, Callable[[], object]]:
-    """The same by Triton and by torch, in bfloat16, for a layer of `shape` (out, in) and the gradient of its output.
+    """The same by Triton and by torch for a layer of `shape` (out, in) and the gradient of its output, in this dtype.
 
     A weight multiplies every second row of the gradient: (tokens / 2, out) @ (out, in). One for both directions also
     multiplies the input: (tokens, in) @ (in, out). The softmax is of (tokens, out), in place. Without torch, where its
@@ -307,7 +318,7 @@ def contenders(
     generator = torch.Generator(device).manual_seed(0)  # the user's draws stay as they are
 
     def drawn(rows: int, columns: int) -> Tensor:
-        return torch.randn(rows, columns, device=device, generator=generator, dtype=torch.bfloat16)
+        return torch.randn(rows, columns, device=device, generator=generator, dtype=dtype)
 
     g = drawn(tokens, shape[0])
     if not operation.startswith("pack"):
