@@ -114,9 +114,11 @@ def _softmax(x: Tensor, generator: torch.Generator) -> str:
     targets = torch.randint(x.shape[1], (len(x),), device=x.device, generator=generator)
     likeliest = x.float().nan_to_num(-30).argmax(1)
     targets = torch.where(torch.arange(len(x), device=x.device) % 2 == 0, likeliest, targets)
-    for cap, smoothing, scale in ((None, 0.0, 1.0), (30.0, 0.0, 0.7), (None, 0.1, 0.7), (30.0, 0.1, 1.0)):
+    cases = ((None, 0.0, 1.0, 0), (30.0, 0.0, 0.7, 3), (None, 0.1, 0.7, 3), (30.0, 0.1, 1.0, 0))
+    for cap, smoothing, scale, apart in cases:
         found, expected = (
-            _scores(run, x, targets, cap, smoothing, scale) for run in (launches.softmax_rows, plain.softmax_rows)
+            _scores(run, x, targets, cap, smoothing, scale, apart)
+            for run in (launches.softmax_rows, plain.softmax_rows)
         )
         for name in ("log_probs", "entropy"):
             if said := _difference(name, found[name][:, None], expected[name][:, None], 10 * _SUMS, 1.0):
@@ -129,13 +131,20 @@ def _softmax(x: Tensor, generator: torch.Generator) -> str:
 
 
 def _scores(
-    run: Callable[..., None], x: Tensor, targets: Tensor, cap: float | None, smoothing: float, scale: float
+    run: Callable[..., None],
+    x: Tensor,
+    targets: Tensor,
+    cap: float | None,
+    smoothing: float,
+    scale: float,
+    apart: int,
 ) -> dict[str, Tensor]:
-    z, count = x.contiguous().clone(), len(x)
+    """`gradient` also has the numbers between two rows, `apart` zeros that nothing may write to."""
+    z, count = torch.nn.functional.pad(x, (0, apart)), len(x)
     log_probs, entropy = (torch.empty(count, device=x.device) for _ in range(2))
     top1 = torch.empty(count, dtype=torch.bool, device=x.device)
     run(
-        z,
+        z[:, : x.shape[1]],
         targets,
         scale=scale,
         cap=cap,
