@@ -176,6 +176,7 @@ def _quantised(what: str) -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "gpu_kernels": gpu_kernels,
     "both_ways_amx": functools.partial(both_ways, amx=True),
+    "both_ways_avx512": functools.partial(both_ways, amx=False, cpu="AMD EPYC, family 26, model 2"),
     "both_ways_avx2": functools.partial(both_ways, amx=False, cpu="AMD EPYC, family 25, model 1"),
     "compiled_offline": compiled_offline,
     "estimators": estimators,
