@@ -141,7 +141,7 @@ def _drawn(seed: int, draw: int, where: torch.device) -> Tensor:
     return torch.empty((), dtype=torch.float64, device=where)
 
 
-def _refuse(kind: str) -> None:
+def _refuse(kind: str, dropout: float) -> None:
     raise AssertionError(f"sequences were computed one by one on {kind}")
 
 

@@ -241,7 +241,7 @@ def test_where_the_function_fails_sequences_are_computed_one_by_one(
     """Builds of torch for other GPUs have the name and not the kernels."""
     on_gpu.setattr(varlen, "half_function", lambda: function)
     said: list[str] = []
-    patch_all(on_gpu, "celora.modeling.attention:_say_one_by_one", said.append)
+    patch_all(on_gpu, "celora.modeling.attention:_say_one_by_one", lambda kind, _: said.append(kind))
     model, batch = model_of("llama"), ragged([12, 3, 7])
     loss, _ = gradients(model.bfloat16(), batch)
     celora.attach(model, "exact")
@@ -290,9 +290,11 @@ def test_what_no_function_takes(dtype: torch.dtype, sizes: tuple[int, int]) -> N
     assert varlen.attend(nn.Identity(), query, query, value, BEGINS, 20, None, 1.0) is None
 
 
-def test_one_by_one_is_said_once_and_not_on_cpu(recwarn: pytest.WarningsRecorder) -> None:
+@pytest.mark.parametrize(("dropout", "what"), [(0.0, "the attention of"), (0.1, "attention with dropout of")])
+def test_one_by_one_is_said_once_and_not_on_cpu(dropout: float, what: str, recwarn: pytest.WarningsRecorder) -> None:
     attention._said.clear()
     for kind in ("cpu", "mps", "mps"):
-        attention._say_one_by_one(kind)
+        attention._say_one_by_one(kind, dropout)
     attention._said.clear()
-    assert [str(warning.message).count("on mps") for warning in recwarn] == [1]
+    (warning,) = recwarn
+    assert f"computes {what} all packed sequences in one call on mps" in str(warning.message)

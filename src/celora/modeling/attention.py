@@ -173,18 +173,19 @@ def attention(
             f"a compiled model has packed batches, and nothing here computes attention of {query.dtype} with heads of "
             f"{query.shape[3]} in one call. Attach with padding_free=False."
         )
-    _say_one_by_one(query.device.type)
+    _say_one_by_one(query.device.type, dropout)
     pieces = zip(*(t.split(celora_lengths, dim=2) for t in (query, key, value)), strict=True)
     found = [_sdpa()(module, *piece, None, dropout=dropout, scaling=scaling, **kwargs)[0] for piece in pieces]
     return torch.cat(found, dim=1), None
 
 
-def _say_one_by_one(kind: str) -> None:
+def _say_one_by_one(kind: str, dropout: float) -> None:
     if kind != "cpu" and kind not in _said:  # not `functools.cache`, of which torch.compile warns
         _said.add(kind)
         warnings.warn(
-            f"celora: nothing here computes the attention of all packed sequences in one call on {kind}, so each is a "
-            "call of its own. Many short sequences may be faster with padding_free=False.",
+            f"celora: nothing here computes {'attention with dropout' if dropout else 'the attention'} of all packed "
+            f"sequences in one call on {kind}, so each is a call of its own. Many short sequences may be faster with "
+            "padding_free=False.",
             stacklevel=2,
         )
 
