@@ -88,16 +88,7 @@ def product_of_rows(
 
 
 @product_of_rows.register_fake
-def _(
-    rows: Tensor,
-    row_scale: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-    q: Tensor,
-    scale: Tensor,
-    input_scale: Tensor | None,
-    layout: str,
-) -> Tensor:
+def _(rows: Tensor, row_scale: Tensor, bias: Tensor | None, dtype: torch.dtype, q: Tensor, *_: object) -> Tensor:
     return rows.new_empty(rows.shape[0], q.shape[0], dtype=dtype)
 
 
