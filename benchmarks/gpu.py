@@ -32,7 +32,7 @@ import torch
 from benchmarks import rows
 from benchmarks.kernels import gpu as kernels
 from benchmarks.steps import gpu as steps
-from celora.kernels.triton import proof
+from celora.kernels.triton.judge import judge
 
 
 def main(given: list[str] | None = None) -> None:
@@ -51,7 +51,7 @@ def main(given: list[str] | None = None) -> None:
     right = kernels.check(device)
     if not right and chosen.arms is None:
         raise SystemExit(1)
-    proof.judge(device)  # as a plan does: from here on, what is right and faster is used
+    judge(device)  # as a plan does: from here on, what is right and faster is used
     if chosen.arms is None:
         for row in kernels.time_kernels(device, deadline=deadline):
             rows.replace(kernels.ROWS, [row], ("operation", "model"))

@@ -13,6 +13,7 @@ import torch
 from celora.kernels import plain
 from celora.kernels.backends import TABLE, explain
 from celora.kernels.triton import judged, proof
+from celora.kernels.triton.judge import judge
 from celora.kernels.triton.judged import Verdict
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -104,7 +105,7 @@ def test_why_they_cannot_run(card: pytest.MonkeyPatch, patch: Callable[[pytest.M
     assert said in judged.cannot_run(GPU)
     if torch.cuda.is_available():
         assert said in judged.why_not("pack_weight")(GPU)
-        assert proof.judge(GPU) == Verdict()  # the kernels were judged, so a plan on this GPU goes on without them
+        assert judge(GPU) == Verdict()  # the kernels were judged, so a plan on this GPU goes on without them
         assert judged.planned_on(GPU)
 
 

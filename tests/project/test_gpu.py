@@ -133,7 +133,7 @@ def test_a_wrong_kernel_ends_it_before_anything_is_measured(card: pytest.MonkeyP
     called: list[str] = []
     card.setattr(kernels, "check", lambda device: False)
     card.setattr(kernels, "time_kernels", lambda device, deadline: called.append("kernels") or [])
-    card.setattr(proof, "judge", lambda device: None)
+    card.setattr(gpu, "judge", lambda device: None)
     card.setattr(steps, "measure", lambda arms, deadline: called.append(" ".join(arms)))
     card.setattr(gpu, "write_tables", lambda: called.append("tables"))
     with pytest.raises(SystemExit) as ended:
@@ -151,7 +151,7 @@ def test_what_could_not_run_is_printed(
     card.setattr(
         kernels, "time_kernels", lambda device, deadline: [{"model": "1B", "operation": "pack_floats", "not_run": "no"}]
     )
-    card.setattr(proof, "judge", lambda device: None)
+    card.setattr(gpu, "judge", lambda device: None)
     card.setattr(steps, "measure", lambda arms, deadline: None)
     card.setattr(gpu, "write_tables", lambda: None)
     gpu.main([])
@@ -345,7 +345,7 @@ def test_an_arm_measured_at_a_later_commit_has_a_table_with_its_own_baseline(
     card.setattr(steps, "steps_of", lambda cell, arm: dict.fromkeys(number, speed[arm]) | {"waits": 1})
     card.setattr(steps.measure, "__defaults__", ((SMALL,),))
     card.setattr(kernels, "check", lambda device: True)
-    card.setattr(proof, "judge", lambda device: None)
+    card.setattr(gpu, "judge", lambda device: None)
     card.setattr(gpu, "write_tables", lambda: None)
     card.setattr(steps, "ALONE", ())
     card.setenv("CELORA_COMMIT", "first")

@@ -31,7 +31,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from celora.errors import CELoraError
-from celora.kernels.triton.proof import judge
+from celora.kernels.triton.judge import judge
 from celora.machine.device import measured_on
 from celora.machine.timing import cannot_time
 from celora.modeling.model_graft import taken_over
@@ -91,6 +91,7 @@ def make_plan(
     If no layer can be estimated, the plan is empty, and training with it is plain PEFT.
 
     Raises:
+        torch.OutOfMemoryError: a GPU has no room for trying celora's kernels.
         CELoraError: no adapters, no batches, sharded parameters, a device whose times cannot be trusted, or a fidelity
             or memory limit out of range.
     """
@@ -131,8 +132,10 @@ def make_plans(
             raise CELoraError(
                 f"cannot plan on {device.type!r}: {reason}. Choose preset exact or paper, which time nothing."
             )
+    progress = progress or (lambda what, share: None)
     for device in devices:
-        for operation, reason in judge(device).wrong.items():
+        verdict = judge(device, lambda operation: progress(f"trying Triton's {operation}", 0.0))
+        for operation, reason in verdict.wrong.items():
             warnings.warn(f"celora: Triton's kernel {operation} {reason}; torch's operators are used.", stacklevel=3)
     used = [on_device(batch, parameters) for _, batch in zip(range(MOST_BATCHES), batches, strict=False)]
     if not used:
@@ -157,7 +160,7 @@ def make_plans(
         untouched(model, parameters) as rewind,
         taken_over(found.language_model) as taken,
     ):
-        bench = Bench(model, parameters, used, loss, rewind, progress or (lambda what, share: None))
+        bench = Bench(model, parameters, used, loss, rewind, progress)
         bench.forward, bench.language_model = (taken, found.language_model) if head else (None, None)
         return _make_plans(bench, layers, fidelities, memory_limit)
 

@@ -1,6 +1,6 @@
 """Which operations a GPU computes with Triton kernels: kernels that a plan found right and faster than torch on it.
 
-`proof.judge` finds that out while a plan is made, and keeps it in the user's cache. Without such a verdict, every
+`judge` finds that out while a plan is made, and keeps it in the user's cache. Without such a verdict, every
 operation takes torch's operators there. Nothing here imports Triton.
 """
 

@@ -1,8 +1,7 @@
 """Each Triton kernel against torch: in the interpreter by the tests, on a GPU before anything there uses one.
 
-`wrong` compares one operation at one size, and says what differs. `judge` does so on the user's device, times the
-kernels in turns with torch's operators, and keeps what was right and faster for `judged`. Products are compared with
-their closed form in float64, because some GPUs lack torch's own in 8 bits. There, a product need not be faster.
+`wrong` compares one operation at one size, and says what differs. Products are compared with their closed form in
+float64, because some GPUs lack torch's own in 8 bits. `contenders` are the same by Triton and by torch, to be timed.
 """
 
 from __future__ import annotations
@@ -18,14 +17,10 @@ from celora.errors import first_line, out_of_memory
 from celora.kernels import floats, plain
 from celora.kernels.packed import BothWays
 from celora.kernels.triton import judged, launches, product
-from celora.machine.timing import interleaved
 
 # A sum in another order; and, of results in half precision, a step of theirs, where two roundings may fall apart.
 _SUMS = 1e-5
 _STEP = {torch.float32: _SUMS, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
-_FASTER = 0.95  # of torch's time: less of a gain is noise
-_REPEATS = 15
-_WORDS = 32  # the softmax is timed for this many times as many columns as other kernels: for a vocabulary
 _FLOATS = 4e-3  # of float32 sums of 8-bit floats: a tensor core may keep 14 bits of each partial sum
 
 _ALL_TILES = 130  # rows of the products that are compared with all tiles: every variant takes a second to compile
@@ -236,49 +231,6 @@ _CHECKS: dict[str, Callable[[Tensor, torch.Generator], str]] = {
 OPERATIONS = tuple(_CHECKS)
 
 
-def judge(device: torch.device, size: int = 4096) -> judged.Verdict:
-    """Which kernels are right and faster than torch on this GPU: measured once, then known from the user's cache.
-
-    Every kernel is compared at odd sizes, in every dtype, with numbers that are not finite. Those that are right are
-    timed for `size` rows and columns. It takes some seconds, most of them to compile.
-    """
-    known = judged.verdict(device)
-    if known is not None or device.type != "cuda":
-        return known or judged.Verdict()
-    if judged.cannot_run(device):
-        judged.remember(device, judged.Verdict())
-        return judged.Verdict()
-    try:
-        found = _judged(device, size)
-    finally:
-        judged.forget(device)  # what a part of it was timed with
-    judged.remember(device, found)
-    return found
-
-
-def _judged(device: torch.device, size: int) -> judged.Verdict:
-    said: dict[str, str] = {}
-    faster: set[str] = set()
-    tiles: dict[str, int] = {}
-    for operation in (name for name in OPERATIONS if name != "pack_floats" or floats.has_floats(device)):
-        if reason := wrong_somewhere(operation, device):
-            said[operation] = reason
-            continue
-        if operation.startswith("pack"):
-            tiles |= _fastest_tiles(torch.float8_e4m3fn if operation == "pack_floats" else torch.int8, device, size)
-            judged.remember(device, judged.Verdict(tiles=tiles), lasting=False)  # what follows is timed with them
-        if all(_is_faster(operation, device, size, dtype) for dtype in judged.DTYPES):
-            faster.add(operation)
-    return judged.Verdict(frozenset(faster), tiles, said)
-
-
-def _is_faster(operation: str, device: torch.device, size: int, dtype: torch.dtype) -> bool:
-    tokens, columns = (size // _WORDS, _WORDS * size) if operation == "softmax_rows" else (size, size)
-    calls = contenders(operation, device, tokens, (columns, size), dtype)
-    times = interleaved(calls, repeats=_REPEATS, device=device)
-    return "torch" not in times or times["triton"]["time_ms"] < _FASTER * times["torch"]["time_ms"]
-
-
 def wrong_somewhere(operation: str, device: torch.device, dtypes: Sequence[torch.dtype] = judged.DTYPES) -> str:
     """`wrong` at sizes from one row up, in these dtypes, finite and not: the first that differs or fails, or ''."""
     sizes = ((1, 16), (37, 112), (_ALL_TILES, 1040), (64, 4096))  # torch's own products want multiples of 16
@@ -292,23 +244,6 @@ def wrong_somewhere(operation: str, device: torch.device, dtypes: Sequence[torch
         if out_of_memory(error):
             raise  # another time there may be enough
         return f"failed: {type(error).__name__}: {first_line(error)}"
-
-
-def _fastest_tiles(dtype: torch.dtype, device: torch.device, size: int) -> dict[str, int]:
-    """The fastest of the tiles that this GPU has room for, for both layouts."""
-    a = torch.ones(size, size, device=device).to(dtype)
-    scale, out = torch.ones(size, device=device), torch.empty(size, size, device=device, dtype=torch.bfloat16)
-    found = {}
-    for b in (a, plain.column_major(a)):
-        calls: dict[str, Callable[[], object]] = {
-            str(number): functools.partial(product.scaled_product, a, b, scale, scale, out, tiles=tiles)
-            for number, tiles in enumerate(product.TILES)
-            if number
-        }
-        times = interleaved(calls, repeats=_REPEATS, device=device)
-        best = min(times, key=lambda name: times[name]["time_ms"])
-        found[product.kind(dtype, depth_first=b.stride(0) == 1)] = int(best)
-    return found
 
 
 def contenders(
