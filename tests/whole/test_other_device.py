@@ -2,22 +2,62 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 import forked
-from other_device import take_steps
+import other_device
+from other_device import NO_BACKWARD, Device, take_steps
+from triton_here import needs_triton
+
+COMPILER = shutil.which("cc")
+needs_cuda_build = pytest.mark.skipif(
+    torch.version.cuda is None or torch.cuda.is_available() or COMPILER is None,
+    reason="needs a build of torch for CUDA, no GPU, and a C compiler",
+)
 
 
 @pytest.mark.parametrize(
-    ("preset", "dtype", "one_call"),
+    ("preset", "dtype", "device"),
     [
-        ("exact", torch.float32, False),
-        ("exact", torch.bfloat16, True),
-        ("paper", torch.float32, False),
-        ("fast", torch.bfloat16, True),
+        ("exact", torch.float32, Device(one_call=False)),
+        ("exact", torch.bfloat16, Device()),
+        ("paper", torch.float32, Device(one_call=False)),
+        ("auto", torch.bfloat16, Device()),
+        ("fast", torch.bfloat16, Device()),
+        pytest.param("paper", torch.bfloat16, Device(kernels=True), marks=needs_triton),
+        pytest.param("auto", torch.bfloat16, Device(kernels=True), marks=needs_triton),
+        pytest.param("fast", torch.bfloat16, Device(kernels=True), marks=needs_triton),
     ],
 )
-def test_a_step_stays_on_its_device(preset: str, dtype: torch.dtype, one_call: bool) -> None:
-    done = forked.run(take_steps, preset, dtype, one_call)
+def test_a_step_stays_on_its_device(preset: str, dtype: torch.dtype, device: Device) -> None:
+    done = forked.run(take_steps, preset, dtype, device)
+    assert done.returncode == 0, done.stderr
+
+
+@needs_cuda_build
+@pytest.mark.parametrize("preset", ["exact", "paper", "auto", "fast"])
+@pytest.mark.parametrize("kernels", [False, True])
+def test_a_step_of_fake_cuda_tensors(preset: str, kernels: bool, tmp_path: Path) -> None:
+    library = tmp_path / "libcuda.so.1"
+    source = Path(other_device.__file__).with_name("pretended_cuda.c")
+    subprocess.run(
+        [str(COMPILER), "-shared", "-fPIC", f"-Wl,-soname,{library.name}", source, "-o", library], check=True
+    )
+    code = f"take_steps({preset!r}, torch.bfloat16, Device('cuda', kernels={kernels}))"
+    done = subprocess.run(
+        [sys.executable, "-c", f"import torch; from other_device import Device, take_steps; {code}"],
+        env=os.environ | {"LD_PRELOAD": str(library), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode == NO_BACKWARD:
+        pytest.skip(f"this version of torch does not run backward without a GPU: {done.stdout.strip()}")
     assert done.returncode == 0, done.stderr
