@@ -70,11 +70,15 @@ def test_products_are_timed_with_their_fastest_tiles(card: pytest.MonkeyPatch) -
     assert [verdict.tiles for verdict in seen if verdict] == [tiles] * 3
 
 
+def refuses() -> str:
+    raise RuntimeError("out of resource\nmore")
+
+
 @pytest.mark.parametrize(
     ("fails", "said"),
     [
         (lambda: "was off", "was off"),
-        (lambda: exec("raise RuntimeError('out of resource\\nmore')"), "failed: RuntimeError: out of resource"),
+        (refuses, "failed: RuntimeError: out of resource"),
     ],
 )
 def test_what_is_wrong_is_not_timed(fails: Callable[[], str], said: str, card: pytest.MonkeyPatch) -> None:
@@ -184,6 +188,17 @@ def test_a_kernel_that_does_not_end(other: Callable[[str], None], card: pytest.M
     found = judge(GPU)
     assert found.wrong == {"first": "had not ended after 10 minutes"}
     assert found.operations == {"second", "third"}
+
+
+def test_the_other_process_takes_no_module_from_the_folder_it_runs_in(
+    other: Callable[[str], None], card: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    other("")
+    here = tmp_path / "here"
+    here.mkdir()
+    (here / "json.py").write_text("raise SystemExit('taken from here')")
+    card.chdir(here)
+    assert judge(GPU).operations == {"first", "second", "third"}
 
 
 def test_a_gpu_without_room_leaves_no_verdict(other: Callable[[str], None]) -> None:

@@ -28,7 +28,7 @@ _FASTER = 0.95  # of torch's time: less of a gain is noise
 _REPEATS = 15
 _SIZE = 4096  # rows and columns of what is timed
 _WORDS = 32  # the softmax is timed for this many times as many columns as other kernels: for a vocabulary
-_LIMIT_S = 600.0  # for all kernels, of which most is to compile them
+_LIMIT_S = 600.0  # for one operation, of which most is to compile its variants
 _NO_MEMORY = 3  # status of a process that had too little
 
 Progress = Callable[[str], object]
@@ -48,7 +48,7 @@ def judge(device: torch.device, progress: Progress | None = None) -> judged.Verd
     """Which kernels are right and faster than torch on this GPU: measured once, then known from the user's cache.
 
     Every kernel is compared at odd sizes, in every dtype, with numbers that are not finite. Those that are right are
-    timed. It takes a minute or so, most of it to compile.
+    timed. Most of the time is to compile them; how long it is was not measured.
 
     Args:
         progress: is called with the name of each operation before it is tried.
@@ -87,19 +87,20 @@ class _UnreachableError(Exception):
 def _by_a_process(device: torch.device, operations: Sequence[str], progress: Progress) -> list[Finding]:
     """What a process of its own finds of the first of these operations: of all but those after one that failed."""
     index = torch.cuda.current_device() if device.index is None else device.index
-    # Its modules are found where this process finds them.
+    # Its modules are found where this process finds them, and nowhere else.
     place = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, "-W", "ignore", "-m", __name__, str(index), *operations]
+    command = [sys.executable, "-P", "-W", "ignore", "-m", __name__, str(index), *operations]
     found: list[Finding] = []
     with (
         tempfile.TemporaryFile("w+", errors="replace") as said,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True, env=place) as process,
     ):
-        limit = threading.Timer(_LIMIT_S, process.kill)
-        limit.start()
+        limit = _limited(process)
         try:
             assert process.stdout is not None
             for line in process.stdout:  # the first is of no operation: it says that there is a GPU
+                limit.cancel()
+                limit = _limited(process)
                 found.append(Finding(**json.loads(line)))
                 if not found[-1].wrong and len(found) <= len(operations):
                     progress(operations[len(found) - 1])
@@ -109,7 +110,7 @@ def _by_a_process(device: torch.device, operations: Sequence[str], progress: Pro
             limit.cancel()
             process.kill()
         said.seek(0)
-        reason = next(reversed(said.read().split("\n")[:-1]), f"status {status}")
+        reason = next((line.strip() for line in reversed(said.readlines()) if line.strip()), f"status {status}")
     if status == _NO_MEMORY:
         raise torch.OutOfMemoryError(f"Triton's kernels could not be tried: {reason}")
     if not found:
@@ -118,6 +119,12 @@ def _by_a_process(device: torch.device, operations: Sequence[str], progress: Pro
         reason = f"had not ended after {_LIMIT_S / 60:.0f} minutes" if late else f"ended its process: {reason}"
         found.append(Finding(operations[len(found) - 1], reason))
     return found[1:]
+
+
+def _limited(process: subprocess.Popen[str]) -> threading.Timer:
+    limit = threading.Timer(_LIMIT_S, process.kill)
+    limit.start()
+    return limit
 
 
 def _main(index: str, *operations: str) -> int:
