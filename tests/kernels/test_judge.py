@@ -190,17 +190,6 @@ def test_a_kernel_that_does_not_end(other: Callable[[str], None], card: pytest.M
     assert found.operations == {"second", "third"}
 
 
-def test_the_other_process_takes_no_module_from_the_folder_it_runs_in(
-    other: Callable[[str], None], card: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    other("")
-    here = tmp_path / "here"
-    here.mkdir()
-    (here / "json.py").write_text("raise SystemExit('taken from here')")
-    card.chdir(here)
-    assert judge(GPU).operations == {"first", "second", "third"}
-
-
 def test_a_gpu_without_room_leaves_no_verdict(other: Callable[[str], None]) -> None:
     other("""if operation == "second": print("no room", file=sys.stderr); sys.exit(3)""")
     with pytest.raises(torch.OutOfMemoryError, match="no room"):

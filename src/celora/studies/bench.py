@@ -24,6 +24,7 @@ from torch import Tensor
 
 from celora.errors import CELoraError, unknown
 from celora.machine.memory import forget_peak, peak_memory
+from celora.machine.own_process import of_module
 from celora.machine.timing import percentiles
 from celora.modeling.report import aligned
 from celora.studies.cells import Cell, make_batches, told
@@ -132,9 +133,8 @@ def _alone(cell: Cell, arm: str, plan_file: Path, repeats: int) -> dict[str, Any
     Of an arm that patches Transformers also the `times` of its steps, and the bytes `saved` for backward.
     """
     asked = json.dumps({"cell": asdict(cell), "arm": arm, "plan": str(plan_file), "repeats": repeats})
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", __name__, asked], capture_output=True, text=True, check=False
-    )
+    command, place = of_module(__name__, asked)
+    done = subprocess.run(command, env=place, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
         raise CELoraError(f"measuring {arm!r} alone failed: {last}")

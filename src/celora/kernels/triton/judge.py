@@ -22,6 +22,7 @@ import torch
 from celora.errors import first_line, out_of_memory
 from celora.kernels import floats, plain
 from celora.kernels.triton import judged, product, proof
+from celora.machine.own_process import of_module
 from celora.machine.timing import interleaved
 
 _FASTER = 0.95  # of torch's time: less of a gain is noise
@@ -87,9 +88,7 @@ class _UnreachableError(Exception):
 def _by_a_process(device: torch.device, operations: Sequence[str], progress: Progress) -> list[Finding]:
     """What a process of its own finds of the first of these operations: of all but those after one that failed."""
     index = torch.cuda.current_device() if device.index is None else device.index
-    # Its modules are found where this process finds them, and nowhere else.
-    place = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, "-P", "-W", "ignore", "-m", __name__, str(index), *operations]
+    command, place = of_module(__name__, str(index), *operations)
     found: list[Finding] = []
     with (
         tempfile.TemporaryFile("w+", errors="replace") as said,
