@@ -167,6 +167,8 @@ def _pretend_cuda(patch: pytest.MonkeyPatch) -> None:
     try:
         torch.ones(2, device="cuda", requires_grad=True).sum().backward()
     except RuntimeError as error:
+        if "hasPrimaryContext" not in str(error):
+            raise
         print(error)
         raise SystemExit(NO_BACKWARD) from error
     patch.setattr(torch.cuda, "is_available", lambda: True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -147,7 +148,14 @@ ENDS = {
         """if operation == "second": sys.exit("CUDA error: an illegal memory access")""",
         "ended its process: CUDA error: an illegal memory access",
     ),
-    "by a signal": ("""if operation == "second": os.kill(os.getpid(), 9)""", "ended its process: status -9"),
+    "by a fault": ("""if operation == "second": os.kill(os.getpid(), 11)""", "ended its process: status -11"),
+    "after a line": (
+        """if operation == "second":
+        print(json.dumps({"operation": operation, "wrong": "was off"}), flush=True)
+        os.kill(os.getpid(), 6)""",
+        "was off",
+    ),
+    "without a word": ("""if operation == "second": sys.exit()""", "ended its process: status 0"),
 }
 
 
@@ -190,25 +198,64 @@ def test_a_kernel_that_does_not_end(other: Callable[[str], None], card: pytest.M
     assert found.operations == {"second", "third"}
 
 
-def test_a_gpu_without_room_leaves_no_verdict(other: Callable[[str], None]) -> None:
-    other("""if operation == "second": print("no room", file=sys.stderr); sys.exit(3)""")
-    with pytest.raises(torch.OutOfMemoryError, match="no room"):
-        judge(GPU)
-    assert judged.verdict(GPU) is None
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("""if operation == "second": print("no room", file=sys.stderr); sys.exit(77)""", "no room"),
+        ("""if operation == "second": os.kill(os.getpid(), 15)""", "status -15"),
+        ("""if operation == "second": os.kill(os.getpid(), 9)""", "status -9"),  # as the system does without memory
+    ],
+)
+def test_what_no_kernel_did_leaves_no_lasting_verdict(
+    code: str, said: str, other: Callable[[str], None], card: pytest.MonkeyPatch
+) -> None:
+    other(code)
+    kept: list[tuple[judged.Verdict, bool]] = []
+    card.setattr(judged, "remember", lambda device, found, *, lasting=True: kept.append((found, lasting)))
+    with pytest.warns(UserWarning, match=f"not tried on cuda:0: {said}; torch's are used"):
+        assert judge(GPU) == judged.Verdict()
+    assert kept == [(judged.Verdict(), False)]  # of this process alone
 
 
-def test_a_process_that_does_not_reach_the_gpu_leaves_no_verdict(other: Callable[[str, str], None]) -> None:
+@pytest.mark.parametrize(
+    ("breaks", "said"),
+    [
+        (lambda patch: patch.setattr(sys, "executable", ""), "does not know its own program"),
+        (lambda patch: patch.setattr(sys, "executable", "/nowhere/python"), "No such file"),
+    ],
+)
+def test_no_process_can_be_started(
+    breaks: Callable[[pytest.MonkeyPatch], None], said: str, other: Callable[[str], None], card: pytest.MonkeyPatch
+) -> None:
+    other("")
+    with card.context() as patch:
+        breaks(patch)
+        with pytest.warns(UserWarning, match=said):
+            assert judge(GPU) == judged.Verdict()
+
+
+def test_a_process_that_does_not_reach_the_gpu(other: Callable[[str, str], None]) -> None:
     other("", "raise SystemExit('all devices are busy')")
     with pytest.warns(UserWarning, match="not tried on cuda:0: all devices are busy; torch's are used"):
         assert judge(GPU) == judged.Verdict()
-    assert judged.verdict(GPU) is None
+
+
+def test_what_others_print_is_no_finding(other: Callable[[str, str], None]) -> None:
+    other("", f"print('hello', flush=True)\n{OTHER.replace('HERE', '')}")
+    assert judge(GPU).operations == {"first", "second", "third"}
 
 
 def run(code: str, *given: str) -> subprocess.CompletedProcess[str]:
     code = (
         f"import os, sys, torch\nfrom celora.kernels.triton import judge\n{code}\nsys.exit(judge._main(*sys.argv[1:]))"
     )
-    return subprocess.run([sys.executable, "-c", code, *given], capture_output=True, text=True, check=False)
+    read, write = os.pipe()  # the input of one whose starter is there
+    try:
+        command = [sys.executable, "-c", code, *given]
+        return subprocess.run(command, stdin=read, capture_output=True, text=True, check=False)
+    finally:
+        os.close(read)
+        os.close(write)
 
 
 FOUND = """
@@ -243,3 +290,15 @@ def test_the_other_process_says_that_there_is_no_such_gpu() -> None:
     done = run("", "99", "right")
     assert (done.returncode, done.stdout) == (1, "")
     assert len(done.stderr.splitlines()[-1]) > 10
+
+
+def test_the_other_process_ends_with_the_one_that_started_it() -> None:
+    hangs = FOUND.replace("    if operation == ", "    import time; time.sleep(600)\n    if operation == ")
+    code = f"import os, sys, torch\nfrom celora.kernels.triton import judge\n{hangs}\njudge._main('0', 'right')"
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stdout.readline()  # it is at work
+        process.stdin.close()  # as when the other one is gone
+        assert process.wait() == 1

@@ -91,7 +91,6 @@ def make_plan(
     If no layer can be estimated, the plan is empty, and training with it is plain PEFT.
 
     Raises:
-        torch.OutOfMemoryError: a GPU has no room for trying celora's kernels.
         CELoraError: no adapters, no batches, sharded parameters, a device whose times cannot be trusted, or a fidelity
             or memory limit out of range.
     """

@@ -9,13 +9,15 @@ from __future__ import annotations
 import functools
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import IO
 
 import torch
 
@@ -30,7 +32,10 @@ _REPEATS = 15
 _SIZE = 4096  # rows and columns of what is timed
 _WORDS = 32  # the softmax is timed for this many times as many columns as other kernels: for a vocabulary
 _LIMIT_S = 600.0  # for one operation, of which most is to compile its variants
-_NO_MEMORY = 3  # status of a process that had too little
+_NO_MEMORY = 77  # status of a process that had too little
+_FROM_OUTSIDE = (-1, -2, -9, -15)  # statuses of one that was hung up, interrupted, killed or told to end
+
+_BEGINS = '{"operation":'  # a finding in JSON
 
 Progress = Callable[[str], object]
 
@@ -51,11 +56,11 @@ def judge(device: torch.device, progress: Progress | None = None) -> judged.Verd
     Every kernel is compared at odd sizes, in every dtype, with numbers that are not finite. Those that are right are
     timed. Most of the time is to compile them; how long it is was not measured.
 
+    Where no process can try them, or has too little memory, a warning says so. Nothing is kept then, as another time
+    it may.
+
     Args:
         progress: is called with the name of each operation before it is tried.
-
-    Raises:
-        torch.OutOfMemoryError: the GPU had no room for it. Another time it may.
     """
     known = judged.verdict(device)
     if known is not None or device.type != "cuda":
@@ -69,8 +74,9 @@ def judge(device: torch.device, progress: Progress | None = None) -> judged.Verd
     try:
         while left := operations[len(found) :]:
             found += _by_a_process(device, left, progress or (lambda operation: None))
-    except _UnreachableError as error:
+    except _UntriedError as error:
         warnings.warn(f"celora: Triton's kernels were not tried on {device}: {error}; torch's are used.", stacklevel=4)
+        judged.remember(device, judged.Verdict(), lasting=False)
         return judged.Verdict()
     verdict = judged.Verdict(
         frozenset(each.operation for each in found if each.faster),
@@ -81,53 +87,76 @@ def judge(device: torch.device, progress: Progress | None = None) -> judged.Verd
     return verdict
 
 
-class _UnreachableError(Exception):
-    """A process did not get as far as the first kernel."""
+class _UntriedError(Exception):
+    """A process had no GPU or too little memory, or something else than a kernel ended it."""
 
 
 def _by_a_process(device: torch.device, operations: Sequence[str], progress: Progress) -> list[Finding]:
     """What a process of its own finds of the first of these operations: of all but those after one that failed."""
     index = torch.cuda.current_device() if device.index is None else device.index
     command, place = of_module(__name__, str(index), *operations)
+    if not sys.executable:
+        raise _UntriedError("Python does not know its own program")
     found: list[Finding] = []
-    with (
-        tempfile.TemporaryFile("w+", errors="replace") as said,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True, env=place) as process,
-    ):
-        limit = _limited(process)
+    with tempfile.TemporaryFile("w+", errors="replace") as said, _started(command, place, said) as process:
+        late = threading.Event()
+        limit = _limited(process, late)
         try:
             assert process.stdout is not None
-            for line in process.stdout:  # the first is of no operation: it says that there is a GPU
+            for line in process.stdout:  # the first finding is of no operation: it says that there is a GPU
+                if not line.startswith(_BEGINS):
+                    continue  # something printed before `_main` began
                 limit.cancel()
-                limit = _limited(process)
+                limit = _limited(process, late)
                 found.append(Finding(**json.loads(line)))
                 if not found[-1].wrong and len(found) <= len(operations):
                     progress(operations[len(found) - 1])
             status = process.wait()
         finally:
-            late = not limit.is_alive()
             limit.cancel()
             process.kill()
         said.seek(0)
         reason = next((line.strip() for line in reversed(said.readlines()) if line.strip()), f"status {status}")
-    if status == _NO_MEMORY:
-        raise torch.OutOfMemoryError(f"Triton's kernels could not be tried: {reason}")
-    if not found:
-        raise _UnreachableError(reason)
-    if status and len(found) <= len(operations):
-        reason = f"had not ended after {_LIMIT_S / 60:.0f} minutes" if late else f"ended its process: {reason}"
+    over = late.is_set()
+    if not found or status == _NO_MEMORY or (status in _FROM_OUTSIDE and not over):
+        raise _UntriedError(reason)
+    if len(found) <= len(operations) and not found[-1].wrong:
+        reason = f"had not ended after {_LIMIT_S / 60:.0f} minutes" if over else f"ended its process: {reason}"
         found.append(Finding(operations[len(found) - 1], reason))
     return found[1:]
 
 
-def _limited(process: subprocess.Popen[str]) -> threading.Timer:
-    limit = threading.Timer(_LIMIT_S, process.kill)
+def _started(command: Sequence[str], place: Mapping[str, str], said: IO[str]) -> subprocess.Popen[str]:
+    pipe = subprocess.PIPE
+    try:
+        return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=said, text=True, env=place)
+    except OSError as error:
+        raise _UntriedError(first_line(error)) from error
+
+
+def _limited(process: subprocess.Popen[str], late: threading.Event) -> threading.Timer:
+    """End the process, and set `late`, when the time of one operation is over."""
+
+    def end() -> None:
+        late.set()
+        process.kill()
+
+    limit = threading.Timer(_LIMIT_S, end)
+    limit.daemon = True
     limit.start()
     return limit
 
 
+def _end_with_parent() -> None:
+    """End this process when the one that started it has closed its input, as the system does for one that is gone."""
+    os.read(0, 1)  # `sys.stdin` would be locked when Python ends
+    os._exit(1)
+
+
 def _main(index: str, *operations: str) -> int:
     """Print a line for the GPU, then one for each operation, up to the first that fails: each a finding in JSON."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started this one is interrupted, too, and ends it
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     device = torch.device("cuda", int(index))
     with os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1) as answers:
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # where compilers may print
