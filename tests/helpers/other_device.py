@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -232,3 +233,7 @@ def _graft_of(model: nn.Module) -> ModelGraft:
     hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
     owners = (getattr(hook, "__self__", hook) for hook in hooks)
     return next(owner for owner in owners if isinstance(owner, ModelGraft))
+
+
+if __name__ == "__main__":  # where a library is preloaded
+    take_steps(sys.argv[1], torch.bfloat16, Device("cuda", kernels=sys.argv[2:] == ["kernels"]))

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,10 +11,12 @@ import torch
 
 import forked
 import other_device
+from celora.machine.own_process import of_module
 from other_device import NO_BACKWARD, Device, take_steps
 from triton_here import needs_triton
 
 COMPILER = shutil.which("cc")
+# Most environments without a GPU have torch's build for the CPU. The nightly job `cuda` has the other.
 needs_cuda_build = pytest.mark.skipif(
     torch.version.cuda is None or torch.cuda.is_available() or COMPILER is None,
     reason="needs a build of torch for CUDA, no GPU, and a C compiler",
@@ -50,14 +50,9 @@ def test_a_step_of_fake_cuda_tensors(preset: str, kernels: bool, tmp_path: Path)
     subprocess.run(
         [str(COMPILER), "-shared", "-fPIC", f"-Wl,-soname,{library.name}", source, "-o", library], check=True
     )
-    code = f"take_steps({preset!r}, torch.bfloat16, Device('cuda', kernels={kernels}))"
-    done = subprocess.run(
-        [sys.executable, "-c", f"import torch; from other_device import Device, take_steps; {code}"],
-        env=os.environ | {"LD_PRELOAD": str(library), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command, place = of_module("other_device", preset, *(["kernels"] if kernels else []))
+    place |= {"LD_PRELOAD": str(library)}
+    done = subprocess.run(command, env=place, capture_output=True, text=True, check=False)
     if done.returncode == NO_BACKWARD:
         pytest.skip(f"this version of torch does not run backward without a GPU: {done.stdout.strip()}")
     assert done.returncode == 0, done.stderr

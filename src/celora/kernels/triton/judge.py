@@ -34,7 +34,6 @@ _WORDS = 32  # the softmax is timed for this many times as many columns as other
 _LIMIT_S = 600.0  # for one operation, of which most is to compile its variants
 _NO_MEMORY = 77  # status of a process that had too little
 _FROM_OUTSIDE = (-1, -2, -9, -15)  # statuses of one that was hung up, interrupted, killed or told to end
-
 _BEGINS = '{"operation":'  # a finding in JSON
 
 Progress = Callable[[str], object]
@@ -94,9 +93,9 @@ class _UntriedError(Exception):
 def _by_a_process(device: torch.device, operations: Sequence[str], progress: Progress) -> list[Finding]:
     """What a process of its own finds of the first of these operations: of all but those after one that failed."""
     index = torch.cuda.current_device() if device.index is None else device.index
-    command, place = of_module(__name__, str(index), *operations)
     if not sys.executable:
         raise _UntriedError("Python does not know its own program")
+    command, place = of_module(__name__, str(index), *operations)
     found: list[Finding] = []
     with tempfile.TemporaryFile("w+", errors="replace") as said, _started(command, place, said) as process:
         late = threading.Event()
@@ -174,24 +173,24 @@ def _main(index: str, *operations: str) -> int:
     return 0
 
 
-def find(operation: str, device: torch.device, size: int = _SIZE) -> Finding:
-    """What this process finds of one operation, timed for `size` rows and columns."""
+def find(operation: str, device: torch.device) -> Finding:
+    """What this process finds of one operation."""
     if reason := proof.wrong_somewhere(operation, device):
         return Finding(operation, reason)
     tiles = {}
     if operation.startswith("pack"):
-        tiles = _fastest_tiles(torch.float8_e4m3fn if operation == "pack_floats" else torch.int8, device, size)
+        tiles = _fastest_tiles(torch.float8_e4m3fn if operation == "pack_floats" else torch.int8, device, _SIZE)
         judged.remember(device, judged.Verdict(tiles=tiles), lasting=False)  # it is timed with them
     try:
-        faster = all(_is_faster(operation, device, size, dtype) for dtype in judged.DTYPES)
+        faster = all(_is_faster(operation, device, dtype) for dtype in judged.DTYPES)
     finally:
         judged.forget(device)
     return Finding(operation, faster=faster, tiles=tiles)
 
 
-def _is_faster(operation: str, device: torch.device, size: int, dtype: torch.dtype) -> bool:
-    tokens, columns = (size // _WORDS, _WORDS * size) if operation == "softmax_rows" else (size, size)
-    calls = proof.contenders(operation, device, tokens, (columns, size), dtype)
+def _is_faster(operation: str, device: torch.device, dtype: torch.dtype) -> bool:
+    tokens, columns = (_SIZE // _WORDS, _WORDS * _SIZE) if operation == "softmax_rows" else (_SIZE, _SIZE)
+    calls = proof.contenders(operation, device, tokens, (columns, _SIZE), dtype)
     times = interleaved(calls, repeats=_REPEATS, device=device)
     return "torch" not in times or times["triton"]["time_ms"] < _FASTER * times["torch"]["time_ms"]
 
