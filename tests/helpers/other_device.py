@@ -174,6 +174,7 @@ def _pretend_cuda(patch: pytest.MonkeyPatch) -> None:
         raise SystemExit(NO_BACKWARD) from error
     patch.setattr(torch.cuda, "is_available", lambda: True)
     patch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    patch.setattr(torch.backends.cudnn, "version", lambda: 0)  # attention is not to be cuDNN's, which needs the driver
 
 
 def _pretend(patch: pytest.MonkeyPatch, device: Device, launched: set[str]) -> None:
