@@ -91,8 +91,8 @@ def test_what_is_not_finite_stays_where_it_belongs(bad: float) -> None:
 def test_the_kernels_are_used_for_plain_bfloat16_alone() -> None:
     assert choose("skinny_product", drawn(4, 8)).name == "c"
     assert choose("skinny_product", drawn(4, 8).float()).name != "c"
-    assert choose("skinny_product", drawn(8, 4).t()).name == "torch"
-    assert choose("transposed_product", torch.nn.Parameter(drawn(4, 8))).name == "torch"
+    assert choose("skinny_product", drawn(8, 4).t()).name != "c"
+    assert choose("transposed_product", torch.nn.Parameter(drawn(4, 8))).name != "c"
 
 
 @each_tier

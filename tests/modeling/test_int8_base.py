@@ -173,9 +173,9 @@ def test_attached_both_ways_activations_are_saved_in_8_bits() -> None:
 
 def test_on_accelerators_norms_and_gates_save_in_8_bits_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """By torch's operators, as this CPU computes here. Without a base in 8 bits they stay the model's own."""
+    without(monkeypatch, "c")
     if refuses():
         return
-    without(monkeypatch, "c")
     expected = quantised().train()
     celora.attach(expected, BOTH, fused=True)
     as_on_accelerators(monkeypatch)
