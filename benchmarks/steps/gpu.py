@@ -41,7 +41,7 @@ FIELDS = ("model", "data", "dtype", "tokens", "arm", "commit")  # a table is of 
 CELLS = tuple(Cell(model, data, tokens=2048) for model in reversed(LLAMAS) for data in ("full", "instruct"))
 BASE, LIGER = "TRL + PEFT", "TRL + PEFT + Liger"
 COMPARED = (BASE, "limit of exact")  # what the ratios of a table need
-INT8, AGAIN = "fast, int8 base", f"{BASE}, again"
+INT8, GRAPHS, AGAIN = "fast, int8 base", "exact, CUDA graphs", f"{BASE}, again"
 ARMS = {
     BASE: "TRL's SFTTrainer around a PEFT model, bf16 autocast, no checkpointing",
     "exact": "celora's preset exact in the same trainer, as all arms but Unsloth",
@@ -50,11 +50,12 @@ ARMS = {
     "limit of exact": "preset exact with a free grad_input of the adapted layers (zeros: does not train)",
     LIGER: "TRL + PEFT with Liger's kernels, all but its head, as TRL uses them",
     "plan": "preset auto with a plan made here",
+    GRAPHS: "preset exact, decoder and head in CUDA graphs: `celora.compile_model`",
     "Unsloth": "Unsloth's own LoRA in Transformers' Trainer, without TRL's metrics",
     AGAIN: "TRL + PEFT once more, at the end",
 }
 # In a process that ends at the deadline: they are slow to prepare, or change Transformers for the whole process.
-ALONE = (LIGER, "Unsloth", "plan")
+ALONE = (LIGER, "Unsloth", "plan", GRAPHS)
 REPEATS = 12
 PROCESSES = get_context("spawn")
 _PATIENCE_S = 10  # for a process that was told to end
@@ -192,7 +193,9 @@ def _step(cell: Cell, arm: str, batches: list[Batch], folder: Path) -> Step:
     if arm == INT8:
         celora.quantise_base(model)
     step = TRLStep(model, folder, liger=arm == LIGER)
-    attach_arm(model, "fast" if arm == INT8 else arm, batches, folder / "plan.json")
+    attach_arm(model, {INT8: "fast", GRAPHS: "exact"}.get(arm, arm), batches, folder / "plan.json")
+    if arm == GRAPHS:
+        celora.compile_model(model, mode="reduce-overhead", fullgraph=True)
     return step
 
 

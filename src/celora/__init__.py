@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from celora.planning.plan import Plan
     from celora.planning.planner import make_plan
     from celora.runtime.callback import Callback
+    from celora.runtime.compiling import compile_model
     from celora.runtime.original_base import original_base
     from celora.runtime.state import load_state, save_state
     from celora.settings.config import CELoraConfig
@@ -33,6 +34,7 @@ __all__ = [
     "Plan",
     "attach",
     "audit",
+    "compile_model",
     "detach",
     "load_state",
     "make_plan",
@@ -53,6 +55,7 @@ _DEFINED_IN = {
     "Plan": "planning.plan",
     "attach": "attaching",
     "audit": "planning.audit",
+    "compile_model": "runtime.compiling",
     "detach": "attaching",
     "load_state": "runtime.state",
     "make_plan": "planning.planner",

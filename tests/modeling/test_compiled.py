@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -16,11 +18,16 @@ from celora.modeling.compiled import forward_product, grad_input, quantised, rou
 from celora.modeling.graft import LayerGraft
 from celora.modeling.switch import Mode, Switch
 from celora.numerics.estimators import Columns
+from celora.numerics.products import both_ways
+from celora.runtime.attachment import require
 from decoders import model_of
 from labelled import masked_batch
+from layers import make_adapted
 from machine import refuses
-from small import MEMBERS
+from small import MEMBERS, make_batch, make_model, train
 from without import without
+
+BOTH = CELoraConfig(estimator="int8", forward="int8", refresh_every=3, fused=True)
 
 
 @pytest.fixture
@@ -111,3 +118,59 @@ def test_rounded_rows_of_any_number_are_one_graph() -> None:
         assert compiled(torch.randn(rows, 12)).shape == (rows,)
     assert counter.frame_count == 1
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def integers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on accelerators, torch multiplies in 8 bits."""
+    without(monkeypatch, "c", "onednn")
+    if refuses():
+        pytest.skip("torch multiplies nothing in 8 bits here, which is tested in test_products")
+
+
+def on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> PeftModel:
+    monkeypatch.setattr(both_ways, "reads_freely", lambda _: False)
+    model = make_model().train()
+    celora.attach(model, BOTH)
+    return model
+
+
+@pytest.mark.usefixtures("integers")
+@pytest.mark.parametrize("kind", ["GPT-2 Conv1D", "celora int8"])
+def test_copies_for_graphs_are_of_the_same_weight(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On accelerators a copy is made anew when a step has ended. GPT-2's square `c_proj` holds its transpose."""
+    expected, model = (make_adapted(kind).train() for _ in range(2))
+    for trained, here in ((expected, True), (model, False)):
+        monkeypatch.setattr(both_ways, "reads_freely", lambda _, here=here: here)
+        celora.attach(trained, BOTH)
+        for step in range(4):
+            trained(**make_batch(step)).loss.backward()
+            require(trained).clock.advance()
+    products = [forward.product for forward in require(model).forwards.values()]
+    assert any(product.traceable for product in products) == (kind == "GPT-2 Conv1D")
+    for found, wanted in zip(model.parameters(), expected.parameters(), strict=True):
+        assert found.grad is wanted.grad is None or found.grad.equal(wanted.grad)
+
+
+@pytest.mark.usefixtures("integers")
+def test_a_copy_for_graphs_goes_with_its_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a layer whose forward is exact again, the backward still multiplies with it."""
+    model = on_an_accelerator(monkeypatch)
+    train(model, 1)
+    forward = require(model).forwards["base_model.model.model.layers.1.mlp.down_proj"]
+    layer = model.base_model.model.model.layers[1].mlp.down_proj.base_layer
+    forward.give_up()
+    forward.keep_up()
+    assert forward.product.traceable
+    layer.weight = nn.Parameter(layer.weight.clone(), requires_grad=False)
+    forward.keep_up()
+    assert not forward.product.holds_copy
+
+
+@pytest.mark.usefixtures("integers")
+def test_a_loaded_state_needs_no_other_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = on_an_accelerator(monkeypatch)
+    train(model, 1)
+    celora.save_state(model, tmp_path)
+    celora.load_state(model, tmp_path)
+    assert all(forward.product.traceable for forward in require(model).forwards.values())

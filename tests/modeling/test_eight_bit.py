@@ -22,15 +22,12 @@ import celora
 from celora import CELoraConfig, CELoraError
 from celora.modeling.eight_bit import EightBitHead
 from celora.numerics import reference
-from celora.numerics.products import both_ways
 from celora.numerics.products.both_ways import Int8BothWays
 from celora.runtime.attachment import require
 from celora.settings.presets import PRESETS
-from layers import make_adapted
 from machine import refuses
 from small import adapter, make_batch, make_model, train
 from tiers import paired
-from without import without
 
 BOTH = CELoraConfig(estimator="int8", forward="int8", refresh_every=3, fused=True)
 pytestmark = pytest.mark.skipif(refuses(), reason="no 8-bit products here, which is tested in test_products")
@@ -264,55 +261,6 @@ def test_another_weight_at_the_same_place_is_noticed() -> None:
             expected = nn.functional.linear(x, weight)
             assert (layer(x) - expected).norm() < 0.03 * expected.norm()
             del weight
-
-
-@pytest.mark.parametrize("kind", ["GPT-2 Conv1D", "celora int8"])
-def test_copies_for_graphs_are_of_the_same_weight(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On accelerators a copy is made anew when a step has ended. GPT-2's square `c_proj` holds its transpose."""
-    without(monkeypatch, "c", "onednn")
-    if refuses():
-        return
-    expected, model = (make_adapted(kind).train() for _ in range(2))
-    for trained, here in ((expected, True), (model, False)):
-        monkeypatch.setattr(both_ways, "reads_freely", lambda _, here=here: here)
-        celora.attach(trained, BOTH)
-        for step in range(4):
-            trained(**make_batch(step)).loss.backward()
-            require(trained).clock.advance()
-    products = [forward.product for forward in require(model).forwards.values()]
-    assert any(product.traceable for product in products) == (kind == "GPT-2 Conv1D")
-    for found, wanted in zip(model.parameters(), expected.parameters(), strict=True):
-        assert found.grad is wanted.grad is None or found.grad.equal(wanted.grad)
-
-
-def test_a_copy_for_graphs_goes_with_its_weight(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a layer whose forward is exact again, the backward still multiplies with it."""
-    without(monkeypatch, "c", "onednn")
-    if refuses():
-        return
-    monkeypatch.setattr(both_ways, "reads_freely", lambda _: False)
-    model = attached()
-    train(model, 1)
-    forward = require(model).forwards["base_model.model.model.layers.1.mlp.down_proj"]
-    layer = model.base_model.model.model.layers[1].mlp.down_proj.base_layer
-    forward.give_up()
-    forward.keep_up()
-    assert forward.product.traceable
-    layer.weight = nn.Parameter(layer.weight.clone(), requires_grad=False)
-    forward.keep_up()
-    assert not forward.product.holds_copy
-
-
-def test_a_loaded_state_needs_no_other_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    without(monkeypatch, "c", "onednn")
-    if refuses():
-        return
-    monkeypatch.setattr(both_ways, "reads_freely", lambda _: False)
-    model = attached()
-    train(model, 1)
-    celora.save_state(model, tmp_path)
-    celora.load_state(model, tmp_path)
-    assert all(forward.product.traceable for forward in require(model).forwards.values())
 
 
 @pytest.mark.parametrize("width", [8, 47, 49])

@@ -373,7 +373,7 @@ def test_waits_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_its_arms_and_cells_are_those_of_the_bench() -> None:
-    assert set(steps.ARMS) - ARMS.keys() == {steps.BASE, steps.LIGER, steps.INT8, steps.AGAIN}
+    assert set(steps.ARMS) - ARMS.keys() == {steps.BASE, steps.LIGER, steps.INT8, steps.GRAPHS, steps.AGAIN}
     assert [(cell.model, cell.data) for cell in steps.CELLS] == [
         (f"llama-{size.lower()}", data) for size in reversed(MODELS) for data in ("full", "instruct")
     ]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from trl import SFTTrainer
 
+import celora
 from benchmarks.steps import gpu as steps
 from celora.runtime.attachment import find
 from celora.studies.cells import Cell, make_batches
@@ -41,6 +42,14 @@ def test_the_loss_of_each_arm_is_that_of_trls_trainer(arm: str, tmp_path: Path) 
     ]
     torch.testing.assert_close(*moved, rtol=0, atol=1e-6)
     assert (find(step.model) is None) == (arm == steps.BASE)
+
+
+@CHECKPOINTING
+def test_the_arm_of_cuda_graphs_is_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(celora, "compile_model", lambda model, **options: asked.append((find(model), options)))
+    step = steps._step(SMALL, steps.GRAPHS, make_batches(SMALL), tmp_path)
+    assert asked == [(find(step.model), {"mode": "reduce-overhead", "fullgraph": True})]
 
 
 @CHECKPOINTING

@@ -15,6 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, fx, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._guards import TracingContext
+from torch._inductor.utils import run_and_get_code
 from torch.nn.functional import scaled_dot_product_attention
 
 import celora
@@ -23,7 +24,9 @@ from celora.modeling import packing, varlen
 from celora.modeling.graft import LayerGraft
 from celora.modeling.packing import measure, pack
 from celora.modeling.switch import Mode, Switch
+from celora.numerics import head
 from celora.numerics.estimators import Columns
+from celora.numerics.head_in_graph import score_chunk
 from celora.numerics.products import both_ways
 from celora.numerics.select import grain
 from celora.runtime.attachment import require
@@ -122,18 +125,10 @@ def test_8_bit_products_are_one_operator_to_the_graph() -> None:
     assert all(graft.estimator.ready for graft in require(model).grafts.values())
 
 
-@pytest.mark.parametrize("setting", ["exact", "8 bits both ways"])
-def test_a_cuda_graph_may_record_a_whole_step(setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On accelerators, an ordinary step has no operator that keeps out of a CUDA graph, and copies its batch alone."""
-    without(monkeypatch, "c", "onednn")
-    if refuses():
-        return
-    monkeypatch.setattr(both_ways, "reads_freely", lambda device: False)
-    layers, config = ["q_proj", "k_proj", "down_proj"], CELoraConfig(estimator="dense", fused=True)
-    if setting != "exact":
-        config = CELoraConfig(estimator="int8", precision="int8", forward="int8", refresh_every=3, fused=True)
-    eager, model = (_model(config, torch.float32, layers) for _ in range(2))
-    graphs, copied = [], []
+def _recorder() -> tuple[list[list[Any]], list[list[torch.dtype]], Any]:
+    """A backend, the operators of each graph that it makes, and the dtypes that a replay of a forward copies."""
+    graphs: list[list[Any]] = []
+    copied: list[list[torch.dtype]] = []
 
     def record(graph: fx.GraphModule, _: object) -> Callable[..., object]:
         graphs.append([node.target for node in graph.graph.nodes if isinstance(node.target, torch._ops.OpOverload)])
@@ -146,7 +141,21 @@ def test_a_cuda_graph_may_record_a_whole_step(setting: str, monkeypatch: pytest.
         return record(graph, inputs)
 
     cut = min_cut_rematerialization_partition
-    backend = aot_autograd(fw_compiler=record_forward, bw_compiler=record, partition_fn=cut)
+    return graphs, copied, aot_autograd(fw_compiler=record_forward, bw_compiler=record, partition_fn=cut)
+
+
+@pytest.mark.parametrize("setting", ["exact", "8 bits both ways"])
+def test_a_cuda_graph_may_record_a_whole_step(setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On accelerators, an ordinary step has no operator that keeps out of a CUDA graph, and copies its batch alone."""
+    without(monkeypatch, "c", "onednn")
+    if refuses():
+        return
+    monkeypatch.setattr(both_ways, "reads_freely", lambda device: False)
+    layers, config = ["q_proj", "k_proj", "down_proj"], CELoraConfig(estimator="dense", fused=True)
+    if setting != "exact":
+        config = CELoraConfig(estimator="int8", precision="int8", forward="int8", refresh_every=3, fused=True)
+    eager, model = (_model(config, torch.float32, layers) for _ in range(2))
+    graphs, copied, backend = _recorder()
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     counts = _train(model, compiled, 5)  # refreshes at steps 0 and 3
     assert counts == [1, 2, 2, 2, 2] or setting == "exact"
@@ -223,6 +232,21 @@ def test_inductor_gives_the_same_without_breaks_or_graphs_at_later_refreshes(set
         torch.testing.assert_close(found[name], value, rtol=0, atol=allowed)
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+@pytest.mark.parametrize("statistics", [False, True])
+def test_inductor_gives_the_head_no_logits_in_float32(statistics: bool) -> None:
+    words, hidden = nn.Parameter(torch.randn(1000, 32).bfloat16(), requires_grad=False), torch.randn(64, 32).bfloat16()
+    compiled = torch.compile(score_chunk, fullgraph=True)
+    given = {"scale": 1.0, "cap": None, "smoothing": 0.0, "statistics": statistics, "wanted": True}
+    targets = torch.randint(0, 1000, (64,))
+    found, sources = run_and_get_code(compiled, hidden, targets, words, None, None, **given)
+    made = [line for source in sources for line in source.splitlines() if "empty_strided" in line and "1000" in line]
+    assert made
+    assert not any("torch.float32" in line for line in made)
+    expected = score_chunk(hidden, targets, words, None, None, **given)
+    torch.testing.assert_close(found.log_probs, expected.log_probs, rtol=2**-8, atol=0)
+
+
 @pytest.mark.parametrize("base", ["plain", "int8"])
 def test_refreshes_that_take_turns_would_be_a_graph_each_so_all_refresh_at_once(base: str) -> None:
     model = _model(None)
@@ -264,13 +288,19 @@ def _on_batches(model: PeftModel, steps: int) -> tuple[list[float], list[int]]:
     return losses, counts
 
 
-@asks_for_gradients
-def test_a_compiled_decoder_gets_packed_batches_and_the_head_stays_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU, packed batches share graphs. They have one for refreshes and one for estimates, for any lengths."""
+@pytest.fixture
+def _one_call_attends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, packed sequences are computed in one call."""
     monkeypatch.setattr(varlen, "available", lambda device: True)
     monkeypatch.setattr(varlen, "half_function", lambda: by_begins)
     patch_all(monkeypatch, "celora.modeling.varlen:_MULTIPLE", 4)  # heads of 12 numbers
     pretend(monkeypatch, "attention", there=False)
+
+
+@asks_for_gradients
+@pytest.mark.usefixtures("_one_call_attends")
+def test_a_compiled_decoder_gets_packed_batches_and_the_head_stays_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, packed batches share graphs. They have one for refreshes and one for estimates, for any lengths."""
     config = CELoraConfig(
         estimator="tokens", selection="energy", keep_ratio=0.9, rank=0, refresh_every=3, fused=True, labelled_head=True,
         padding_free=True, head_keep_ratio=0.5, **({} if refuses() else {"precision": "int8", "forward": "int8"}),
@@ -285,6 +315,40 @@ def test_a_compiled_decoder_gets_packed_batches_and_the_head_stays_outside(monke
     assert all(inputs["input_ids"].shape[1] % grain(inputs["input_ids"].shape[1]) == 0 for inputs in packed)
     assert model.config._attn_implementation == "sdpa"
     assert losses == pytest.approx(_on_batches(eager, 10)[0], rel=2**-8)  # logits are rounded to bfloat16
+
+
+@asks_for_gradients
+@pytest.mark.usefixtures("_one_call_attends")
+@pytest.mark.parametrize("setting", ["exact", "8 bits both ways"])
+def test_graphs_hold_the_packed_decoder_and_the_head(setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, `compile_model` makes a graph of the head, too. After the first lengths, no step makes another."""
+    without(monkeypatch, "c", "onednn")
+    if refuses():
+        return
+    for module in (both_ways, head):
+        monkeypatch.setattr(module, "reads_freely", lambda device: False)
+    config = CELoraConfig(estimator="dense", fused=True, labelled_head=True, padding_free=True)
+    if setting != "exact":
+        config = CELoraConfig(
+            estimator="int8", precision="int8", forward="int8", head_forward="int8", refresh_every=3, fused=True,
+            labelled_head=True, padding_free=True,
+        )  # fmt: skip
+    eager, model = (_model(config, torch.bfloat16, FEW) for _ in range(2))
+    graphs, copied, backend = _recorder()
+    celora.compile_model(model, backend=backend, fullgraph=True)
+    steps = 6 if setting == "exact" else 15  # an 8-bit head is measured in the first ten steps, by kernels
+    losses, counts = _on_batches(model, steps)
+    # Of the head and of each kind of step there is a graph for the first length, and one for any.
+    assert counts[-3:] == [4 if setting == "exact" else 5] * 3
+    # Replays copy words, positions and begins of sequences to the decoder, hidden states and labels to the head.
+    assert copied[-1] == [torch.bfloat16, torch.int64]
+    assert [dtypes for dtypes in copied if torch.bfloat16 in dtypes] == [copied[-1]] * 2
+    unsafe = getattr(torch.Tag, "cudagraph_unsafe", None)
+    recorded = [graph for graph in graphs if not any(unsafe in operator.tags for operator in graph)]
+    products = [sum(str(operator).startswith("celora.product_of_rows") for operator in graph) for graph in recorded]
+    assert max(products) == (0 if setting == "exact" else len(FEW))  # the decoder's forward
+    assert products[-1] == (0 if setting == "exact" else 1)  # the head
+    assert losses == pytest.approx(_on_batches(eager, steps)[0], rel=2**-8)  # logits are rounded to bfloat16
 
 
 @asks_for_gradients

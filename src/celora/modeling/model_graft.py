@@ -47,6 +47,7 @@ from celora.modeling.others import fused_head, trainer_wants_logits
 from celora.modeling.recognise import IGNORED, Probe
 from celora.modeling.switch import Mode, Switch
 from celora.numerics.head import Logits, mean_logits, score_tokens
+from celora.numerics.head_in_graph import Scorer
 from celora.numerics.measured import Measured
 from celora.settings.config import CELoraConfig
 from celora.weights.read import shape_of
@@ -60,6 +61,7 @@ class ModelGraft(Measured, Hook):
         packs: whether padding is left out.
         keep_ratio: share of the vocabulary that the gradient of the logits is multiplied with.
         eight_bit: computes the logits in 8 bits; None if the configuration wants them exact.
+        scorer: scores a chunk of tokens in a graph (`celora.compile_model`); None if only kernels do.
         mode: whether that gradient is estimated or exact, and whether the estimate's error is measured.
         step: the optimizer's step. Draws depend on `seed`, step and number of the call, so a resumed run repeats them.
         smoothing: label smoothing of the loss. A call that celora cannot smooth is an error.
@@ -70,6 +72,7 @@ class ModelGraft(Measured, Hook):
     _added: tuple[str, ...] | None = None  # attributes that a probe added to the model that this is a copy of
 
     eight_bit: EightBitHead | None = None
+    scorer: Scorer | None = None
 
     def __init__(self, switch: Switch, *, packs: bool, keep_ratio: float = 1, seed: int = 0):
         super().__init__()
@@ -85,7 +88,7 @@ class ModelGraft(Measured, Hook):
     def __getstate__(self) -> dict[str, Any]:
         probe = self._call and self._call.probe
         changed = {"_open": OpenCalls(), "_known": None, "_probed_by": nothing, "_added": probe and probe.added}
-        return {**self.__dict__, **changed}
+        return {**self.__dict__, **changed, "scorer": None}  # the copy of a compiled decoder is not compiled
 
     @property
     def _call(self) -> Call | None:
@@ -294,8 +297,9 @@ class ModelGraft(Measured, Hook):
         fused = fused_head(causal) if given.get(TRL) else None
         assert not isinstance(fused, str)
         logits = self.logits if fused is None else fused.scored
-        in_8_bits, trains = self._in_8_bits(head), causal.training and torch.is_grad_enabled()
-        trains = trains and not in_dispatch_mode()  # it would see what only measures
+        in_8_bits = self.eight_bit if self.switch.forwards else None
+        in_8_bits = None if in_8_bits is None or not in_8_bits.applies(head.weight) else in_8_bits
+        trains = causal.training and torch.is_grad_enabled() and not in_dispatch_mode()  # it sees what measures
         watched = in_8_bits if in_8_bits is not None and in_8_bits.watches and trains else None
         if watched is not None:
             watched.product.notice()  # or an old copy would count as an error
@@ -310,6 +314,7 @@ class ModelGraft(Measured, Hook):
             measure=self.measure if self.mode is Mode.OBSERVE and self.keep_ratio < 1 else None,
             product=None if in_8_bits is None else in_8_bits.product,
             compare=None if watched is None else watched.compare,
+            compiled=self.scorer,
         )  # fmt: skip
         items = given.get("num_items_in_batch")
         items = items.to(hidden.device) if isinstance(items, Tensor) else len(rows) if items is None else items
@@ -318,11 +323,6 @@ class ModelGraft(Measured, Hook):
             return call.with_loss(output, loss)
         wanted = "mean_logits" in fused.outputs
         return call.for_trl(loss, scores, mean_logits(hidden, rows, weight, bias, fused.scored) if wanted else None)
-
-    def _in_8_bits(self, head: Any) -> EightBitHead | None:
-        """What computes the logits of this call in 8 bits; None if they are exact."""
-        found = self.eight_bit if self.switch.forwards else None
-        return None if found is None or not found.applies(head.weight) else found
 
     def _refuse(self, reason: str) -> None:
         """From now on, let the model compute its own loss, and warn with the reason."""

@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from celora.errors import CELoraError
@@ -38,6 +38,7 @@ from celora.kernels import widened
 from celora.kernels.backends import choose
 from celora.kernels.operations import column_maxima, linear, softmax_rows
 from celora.machine.device import reads_freely
+from celora.numerics.head_in_graph import ChunkScores, Scorer, sizes
 from celora.numerics.products.both_ways import Int8BothWays
 from celora.numerics.sampling import as_weights
 from celora.numerics.select import columns_of, drawn, grain
@@ -86,6 +87,7 @@ def score_tokens(
     measure: Callable[[Tensor, Tensor], None] | None = None,
     product: Int8BothWays | None = None,
     compare: Callable[[Tensor, Tensor, Tensor, Tensor | None], None] | None = None,
+    compiled: Scorer | None = None,
 ) -> TokenScores:
     """The log-probabilities of `targets` after the tokens `rows`.
 
@@ -103,8 +105,12 @@ def score_tokens(
             the log-probabilities is exact then.
         product: computes the logits in 8 bits, from its own copy of the weight; exactly if None.
         compare: called with the first chunk's hidden states, (n, H), their logits `W h + b`, (n, V), W and b.
+        compiled: `score_chunk` by `torch.compile`, for devices whose graphs need all shapes to be among a few. It takes
+            the place of the kernels where the gradient is exact, nothing is measured, and no weight has to be cast.
     """
     logits = logits or Logits()
+    if measure is not None or compare is not None or _kept(keep_ratio, weight) < len(weight):
+        compiled = None
     log_probs, entropy, top1 = _Scores.apply(  # type: ignore[no-untyped-call]
         hidden,
         rows,
@@ -119,6 +125,7 @@ def score_tokens(
         measure,
         product,
         compare,
+        compiled,
     )
     if not statistics:
         return TokenScores(log_probs, None, None)
@@ -242,10 +249,10 @@ class _Scores(torch.autograd.Function):
         measure: Callable[[Tensor, Tensor], None] | None,
         product: Int8BothWays | None,
         compare: Callable[[Tensor, Tensor, Tensor, Tensor | None], None] | None,
+        compiled: Scorer | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        device = hidden.device.type
-        dtype = _compute_dtype(hidden, weight)
-        count, wanted, real = len(rows), ctx.needs_input_grad[0], rows
+        dtype, count, wanted, real = _compute_dtype(hidden, weight), len(rows), ctx.needs_input_grad[0], rows
+        graph = None if compiled is None or not count else _graph(compiled, weight, dtype, product)
         if count and reads_freely(hidden.device):  # an accelerator's gather asserts the same
             least, most = (int(bound) for bound in targets.aminmax())
             if not 0 <= least <= most < len(weight):
@@ -254,18 +261,30 @@ class _Scores(torch.autograd.Function):
                     f"{len(weight) - 1}, or -100 for no label."
                 )
             # Pad to a round number of tokens. Nobody reads the scores of the padding.
-            rows, targets = (torch.cat([t, t[:1].expand(-count % grain(count))]) for t in (rows, targets))
+            rows, targets = (_padded(t, -count % grain(count)) for t in (rows, targets))
+        size = chunk_size(len(rows), len(weight))
+        if graph is not None:
+            size, extra = sizes(count, size)
+            rows, targets = (_padded(t, extra) for t in (rows, targets))
         n, chosen = len(rows), _chosen(hidden, rows, dtype)
         log_probs = hidden.new_empty(n, dtype=torch.float32)
         entropy = hidden.new_empty(n if statistics else 0, dtype=torch.float32)
         top1 = hidden.new_empty(n if statistics else 0, dtype=torch.bool)
         gradient = torch.empty_like(chosen) if wanted else None
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(hidden.device.type, enabled=False):
             w, b = weight.to(dtype), None if bias is None else bias.to(dtype)
-            size = chunk_size(n, len(w))
-            buffer = _buffer(chosen, size, len(w), product)
+            buffer = None if graph else _buffer(chosen, size, len(w), product)
             for start in range(0, n, max(1, size)):
                 part = slice(start, start + size)
+                out = ChunkScores(
+                    log_probs[part],
+                    entropy[part] if statistics else None,
+                    top1[part] if statistics else None,
+                    None if gradient is None else gradient[part],
+                )
+                if graph is not None:
+                    graph(chosen[part], targets[part], b, logits, smoothing, out)
+                    continue
                 z = _project(chosen[part], weight, w, b, buffer, product)
                 if compare is not None and start == 0:
                     compare(chosen[part], z, w, b)
@@ -275,17 +294,17 @@ class _Scores(torch.autograd.Function):
                     scale=logits.scale,
                     cap=logits.cap,
                     smoothing=smoothing,
-                    log_probs=log_probs[part],
-                    entropy=entropy[part] if statistics else None,
-                    top1=top1[part] if statistics else None,
+                    log_probs=out.log_probs,
+                    entropy=out.entropy,
+                    top1=out.top1,
                     write=wanted,
                 )
-                if gradient is not None:
-                    through_the_head(z, w, targets[part], keep_ratio, gradient[part], seed + start)
+                if out.gradient is not None:
+                    through_the_head(z, w, targets[part], keep_ratio, out.gradient, seed + start)
                     if measure is not None and start < count:  # behind that, all is padding
-                        estimate = gradient[part].clone()
-                        linear(z, w.t(), out=gradient[part])
-                        measure(estimate[: count - start], gradient[start:count][:size])
+                        estimate = out.gradient.clone()
+                        linear(z, w.t(), out=out.gradient)
+                        measure(estimate[: count - start], out.gradient[: count - start])
                 del z  # without a buffer, the next chunk's logits would be beside it
         log_probs, entropy, top1 = log_probs[:count], entropy[:count], top1[:count]
         ctx.save_for_backward(None if gradient is None else gradient[:count], real)
@@ -297,7 +316,52 @@ class _Scores(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: object) -> tuple[Tensor | None, ...]:
         gradient, rows = ctx.saved_tensors
-        return _at_rows(gradient * grad[:, None], rows, ctx.shape, ctx.dtype), *[None] * 12
+        return _at_rows(gradient * grad[:, None], rows, ctx.shape, ctx.dtype), *[None] * 13
+
+
+def _graph(
+    compiled: Scorer, weight: Tensor, dtype: torch.dtype, product: Int8BothWays | None
+) -> Callable[[Tensor, Tensor, Tensor | None, Logits, float, ChunkScores], None] | None:
+    """What fills in the scores of a chunk by a graph; None if a graph cannot read this weight where it is.
+
+    What is gathered or cast is somewhere else in each call. On devices that are read freely, kernels are faster.
+    """
+    if not isinstance(weight, nn.Parameter) or weight.dtype != dtype or reads_freely(weight.device):
+        return None
+    copy = None if product is None else product.in_graphs(weight)
+    if product is not None and copy is None:
+        return None
+
+    def fill_in(
+        hidden: Tensor, targets: Tensor, bias: Tensor | None, logits: Logits, smoothing: float, out: ChunkScores
+    ) -> None:
+        found = compiled(
+            hidden,
+            targets,
+            weight,
+            bias,
+            copy,
+            scale=logits.scale,
+            cap=logits.cap,
+            smoothing=smoothing,
+            statistics=out.entropy is not None,
+            wanted=out.gradient is not None,
+        )
+        for place, values in zip(out, found, strict=True):
+            if place is not None and values is not None:
+                place.copy_(values)  # the next replay of a CUDA graph writes over its results
+
+    return fill_in
+
+
+def _padded(t: Tensor, count: int) -> Tensor:
+    """The first number again at the end, `count` times."""
+    return torch.cat([t, t[:1].expand(count)])
+
+
+def _kept(keep_ratio: float, weight: Tensor) -> int:
+    """How many words the gradient of the logits is multiplied with."""
+    return max(1, round(keep_ratio * len(weight)))
 
 
 def chunk_size(tokens: int, words: int) -> int:
@@ -308,7 +372,7 @@ def chunk_size(tokens: int, words: int) -> int:
 
 def through_the_head(grad: Tensor, weight: Tensor, targets: Tensor, keep_ratio: float, out: Tensor, seed: int) -> None:
     """`out = grad W`, or its estimate from words drawn (see above): (n, V) x (V, H) -> (n, H); `targets: (n,)`."""
-    kept = max(1, round(keep_ratio * len(weight)))
+    kept = _kept(keep_ratio, weight)
     largest = None if kept == len(weight) else column_maxima(grad)
     # If a token's gradient is no number, there is no choice of words. Looking would wait for an accelerator.
     if largest is None or (reads_freely(largest.device) and not bool(torch.isfinite(largest).all())):

@@ -167,6 +167,11 @@ class Int8BothWays(Int8Product):
         assert self._recorded is not None
         return product_in_graph(x, self._recorded, bias, dtype)
 
+    def in_graphs(self, weight: Tensor) -> Recorded | None:
+        """The copy of this weight, as graphs take it; None if they cannot. It is up to date, unlike that of a layer."""
+        self._multiplied_with(weight)
+        return self._recorded
+
     def latest_input(self, x: Tensor, weight: Tensor) -> QuantisedRows | None:
         """x in 8 bits, if the latest `forward` of any product had the input x; else None."""
         packed = self._multiplied_with(weight)
