@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from celora.planning.plan import Plan
     from celora.planning.planner import make_plan
     from celora.runtime.callback import Callback
-    from celora.runtime.compiling import compile_model
+    from celora.runtime.graphs import compile_model
     from celora.runtime.original_base import original_base
     from celora.runtime.state import load_state, save_state
     from celora.settings.config import CELoraConfig
@@ -55,7 +55,7 @@ _DEFINED_IN = {
     "Plan": "planning.plan",
     "attach": "attaching",
     "audit": "planning.audit",
-    "compile_model": "runtime.compiling",
+    "compile_model": "runtime.graphs",
     "detach": "attaching",
     "load_state": "runtime.state",
     "make_plan": "planning.planner",
