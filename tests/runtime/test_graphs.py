@@ -93,3 +93,5 @@ def test_what_it_cannot_compile_is_said() -> None:
     celora.attach(other, CONFIG)
     with pytest.raises(CELoraError, match="PeftModel is not a model of Transformers; compile it"):
         celora.compile_model(other)
+    with pytest.raises(CELoraError, match="object is not a model"):
+        celora.compile_model(object())  # type: ignore[arg-type]

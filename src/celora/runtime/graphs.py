@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from celora.errors import CELoraError
-from celora.modeling.language_model import find_language_model
+from celora.modeling.language_model import check_module, find_language_model
 from celora.numerics.head_in_graph import score_chunk
 from celora.runtime.attachment import require
 
@@ -35,8 +35,9 @@ def compile_model(model: nn.Module, **options: Any) -> None:
         options: for `torch.compile`: `mode`, `backend`, `dynamic`, ...
 
     Raises:
-        CELoraError: celora is not attached, or does not compute the loss of this model.
+        CELoraError: this is no model, celora is not attached, or it does not compute the loss of this model.
     """
+    check_module(model)
     graft, found = require(model).forward, find_language_model(model)
     if graft is None or isinstance(found, str):
         why = found if isinstance(found, str) else "it was attached with labelled_head=False"
