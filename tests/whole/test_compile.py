@@ -43,6 +43,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*Function.* should not be insta
 # Dynamo asks the decoder's output for its gradient. It hides torch's warning about that, but not an error.
 asks_for_gradients = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 
+# On a CPU inductor writes C++. Everything else here is checked without a compiler, too.
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+
 HALF = CELoraConfig(keep_ratio=0.5, rank=4, refresh_every=4)
 EACH_SHAPE = ["k_proj", "o_proj", "up_proj", "down_proj"]  # tracing takes a second for each layer
 FEW = ["q_proj", "down_proj"]
@@ -208,7 +211,7 @@ def _moved(model: PeftModel) -> None:
         product._recorded = product._recorded._replace(q=product._recorded.q.to("meta"))
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+@needs_compiler
 @pytest.mark.parametrize("setting", ["columns", "8 bits"])
 def test_inductor_gives_the_same_without_breaks_or_graphs_at_later_refreshes(setting: str) -> None:
     config = CELoraConfig(keep_ratio=0.5, rank=4, refresh_every=3, fused=True)
@@ -232,7 +235,7 @@ def test_inductor_gives_the_same_without_breaks_or_graphs_at_later_refreshes(set
         torch.testing.assert_close(found[name], value, rtol=0, atol=allowed)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+@needs_compiler
 @pytest.mark.parametrize("statistics", [False, True])
 def test_inductor_gives_the_head_no_logits_in_float32(statistics: bool) -> None:
     words, hidden = nn.Parameter(torch.randn(1000, 32).bfloat16(), requires_grad=False), torch.randn(64, 32).bfloat16()
@@ -327,12 +330,11 @@ def test_graphs_hold_the_packed_decoder_and_the_head(setting: str, monkeypatch: 
         return
     for module in (both_ways, head):
         monkeypatch.setattr(module, "reads_freely", lambda device: False)
-    config = CELoraConfig(estimator="dense", fused=True, labelled_head=True, padding_free=True)
+    chosen: dict[str, Any] = {"estimator": "dense"}
     if setting != "exact":
-        config = CELoraConfig(
-            estimator="int8", precision="int8", forward="int8", head_forward="int8", refresh_every=3, fused=True,
-            labelled_head=True, padding_free=True,
-        )  # fmt: skip
+        both_ways_and_head = {"precision": "int8", "forward": "int8", "head_forward": "int8"}
+        chosen = {"estimator": "int8", "refresh_every": 3, **both_ways_and_head}
+    config = CELoraConfig(fused=True, labelled_head=True, padding_free=True, **chosen)
     eager, model = (_model(config, torch.bfloat16, FEW) for _ in range(2))
     graphs, copied, backend = _recorder()
     celora.compile_model(model, backend=backend, fullgraph=True)

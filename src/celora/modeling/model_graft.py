@@ -299,7 +299,7 @@ class ModelGraft(Measured, Hook):
         logits = self.logits if fused is None else fused.scored
         in_8_bits = self.eight_bit if self.switch.forwards else None
         in_8_bits = None if in_8_bits is None or not in_8_bits.applies(head.weight) else in_8_bits
-        trains = causal.training and torch.is_grad_enabled() and not in_dispatch_mode()  # it sees what measures
+        trains = causal.training and torch.is_grad_enabled() and not in_dispatch_mode()  # which would see measuring
         watched = in_8_bits if in_8_bits is not None and in_8_bits.watches and trains else None
         if watched is not None:
             watched.product.notice()  # or an old copy would count as an error
