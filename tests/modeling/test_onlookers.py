@@ -122,6 +122,22 @@ def test_a_linear_layer_of_a_package_that_quantises_does_not_count() -> None:
     assert "the forward of {} is test_onlookers.<lambda>" in onlookers.unknown_forward(module)
 
 
+def _as_kernels_wraps(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward around this one, in a module of `kernels`, as `use_kernelized_func` makes one."""
+    names: dict[str, Any] = {"__name__": "kernels.layer", "within": forward}
+    exec("def new_forward(self, *args, **kwargs): return within(self, *args, **kwargs)", names)
+    wrapped: Callable[..., Any] = functools.wraps(forward)(names["new_forward"])
+    return wrapped
+
+
+def test_what_kernels_puts_around_a_forward_does_not_count() -> None:
+    """Transformers 5.25 installs `kernels`, which wraps each attention. What is inside counts, whoever wrote it."""
+    module = type("Layer", (nn.Module,), {"forward": _as_kernels_wraps(nn.Linear.forward)})()
+    assert not onlookers.unknown_forward(module)
+    module = type("Layer", (nn.Module,), {"forward": _as_kernels_wraps(lambda self, x: x + x.shape[1])})()
+    assert "test_onlookers.<lambda>" in onlookers.unknown_forward(module)
+
+
 def test_a_kernel_of_the_hub_does_not_count() -> None:
     """`kernels` binds the forward of its class to a module whose class names its kernel. Nobody else's does."""
     module: Any = type("Norm", (nn.Module,), {"kernel_layer_name": "RMSNorm", "forward": lambda self, x: x})()

@@ -34,8 +34,13 @@ _KNOWN = {*_BLIND, *_QUANTISE, "celora", "liger_kernel", "peft"}
 
 
 def _unknown(forward: Callable[..., Any] | None) -> str:
-    """The name of a forward that is none of these packages' own; else ''."""
+    """The name of a forward that is none of these packages' own; else ''.
+
+    `kernels` puts one around an attention, which hands it its functions and calls it: the inner one counts.
+    """
     found = name_of(forward)
+    if found.startswith("kernels.") and (inner := getattr(forward, "__wrapped__", None)) is not None:
+        return _unknown(inner)
     return "" if found.partition(".")[0] in _KNOWN else found
 
 
