@@ -243,6 +243,7 @@ def test_an_adapter_is_exported(finished, capsys, tmp_path):
     said = capsys.readouterr()
     assert said.out == (
         f"{tmp_path / 'new'}: Modelfile, adapter.gguf, celora_export.json\n28 tensors read back and compared\n"
+        f"Run it: llama-cli -m BASE.gguf --lora {tmp_path / 'new' / 'adapter.gguf'}\n"
     )
     assert said.err == ""
     assert "exists; --overwrite replaces it" in error_line(capsys, *command)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 from pathlib import Path
 
 from house import PICTURE, ROOMS, imports, modules, picture, room
@@ -35,22 +34,3 @@ def test_the_picture_shows_the_imports() -> None:
 def test_the_map_has_a_paragraph_for_every_room() -> None:
     page = (ROOT / "docs" / "develop" / "map.md").read_text(encoding="utf-8")
     assert [name for name in ROOMS if name != "__main__" and f"**`{name}`**" not in page] == []
-
-
-LONGEST_FILE, LONGEST_FUNCTION = 400, 80  # lines
-
-
-def test_no_file_and_no_function_is_long() -> None:
-    long, seen = [], 0
-    for path in (path for top in ("src", "tests", "benchmarks", "tools") for path in (ROOT / top).rglob("*.py")):
-        name, text = str(path.relative_to(ROOT)), path.read_text(encoding="utf-8")
-        seen += 1
-        if (lines := text.count("\n")) > LONGEST_FILE:
-            long.append(f"{name}: {lines} lines")
-        for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.FunctionDef) and node.end_lineno is not None:
-                lines = node.end_lineno - node.lineno + 1
-                if lines > LONGEST_FUNCTION:
-                    long.append(f"{name}: {node.name} has {lines} lines")
-    assert seen > 250
-    assert long == []

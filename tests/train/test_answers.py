@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 import string
+from pathlib import Path
 
 import datasets
 import pytest
+import trl
+from jinja2 import TemplateError
 from tokenizers import Tokenizer, decoders, models
-from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, ByT5Tokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from trl import SFTConfig, SFTTrainer
+from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
 from celora.cli import main as cli
 from celora.errors import CELoraError
@@ -21,7 +26,7 @@ from celora.train.loading import (
     training_rows,
 )
 from celora.train.request.arguments import make_request, parse, read_yaml, sft_config
-from celora.train.rows.answers import Learnt, _check_stop, learnt_tokens, mask_answers, what_is_learnt
+from celora.train.rows.answers import Learnt, _check_stop, learnt_tokens, marked_template, mask_answers, what_is_learnt
 from celora.train.rows.data import load_rows
 from celora.train.rows.truncation import truncation_lines
 from celora.train.run import train
@@ -76,7 +81,7 @@ def characters(template=None, merges=()):
 
 def answers(tokenizer, messages, first=0):
     """The pieces of a conversation that are learnt, as text. Between them lies what is not learnt."""
-    found = mask_answers(messages, tokenizer, first)
+    found = mask_answers(messages, tokenizer, marked_template(tokenizer), first)
     whole = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)
     assert found["input_ids"] == whole["input_ids"]
     assert len(found["assistant_masks"]) == len(found["input_ids"])
@@ -122,26 +127,79 @@ def test_a_token_that_reaches_into_an_answer_is_learnt():
     assert answers(tokenizer, [U("a"), A("c")]) == ["c<|im_end|>\n"]
 
 
-def test_a_tokenizer_that_does_not_say_where_its_tokens_are():
+def test_a_tokenizer_that_does_not_say_where_its_tokens_are_is_refused():
     slow = ByT5Tokenizer()
-    assert not slow.is_fast
     slow.chat_template = CHATML
-    assert answers(slow, TWO) == [" b. <|im_end|>\n", "c<|im_end|>\n", "e\n<|im_end|>\n"]
-    assert answers(slow, [U("a"), A("é")]) == ["é<|im_end|>\n"]
+    with pytest.raises(CELoraError, match="does not say which characters a token stands for; give a template"):
+        mask_answers(ONE, slow, marked_template(slow))
 
 
-class Merging(ByT5Tokenizer):
-    """A tokenizer that merges a line end with the b after it."""
+CALL = {"role": "assistant", "content": "", "tool_calls": [
+    {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+]}  # fmt: skip
+RESULT = {"role": "tool", "name": "add", "content": "2"}
+KINDS = {
+    "one turn": ONE,
+    "several turns": [*ONE, U("c?"), A("d")],
+    "a system message": [S("kind"), *ONE],
+    "a tool call": [U("a?"), CALL, RESULT, A("b")],
+    "a thought": [U("a?"), A("<think>\nhm\n</think>\n\nb"), U("c?"), A("d")],
+}
+SHIPPED = sorted(
+    path for path in (Path(trl.__file__).parent / "chat_templates").glob("*.jinja") if "_training" not in path.name
+)
+NOT_MARKED = ("gemma4", "llama3_1", "llama3_2")  # in TRL as stock templates alone
 
-    def _tokenize(self, text, **_):
-        return super()._tokenize(text.replace("\nb", "\1"))
+
+@pytest.fixture(scope="module")
+def sft(tmp_path_factory):
+    """An SFTTrainer whose `_prepare_dataset` is asked about one template after the other."""
+    args = SFTConfig(
+        str(tmp_path_factory.mktemp("sft")),
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        gradient_checkpointing=None,
+        max_length=None,
+    )
+    rows = datasets.Dataset.from_list([{"text": "a"}])
+    config = LlamaConfig(vocab_size=200, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    return SFTTrainer(LlamaForCausalLM(config), args, train_dataset=rows, processing_class=characters(CHATML))
 
 
-def test_a_token_across_the_bounds_of_an_answer_cannot_be_told_without_its_place():
-    slow = Merging()
-    slow.chat_template = CHATML
-    with pytest.raises(CELoraError, match="a token of this tokenizer goes beyond the bounds of an answer; give a temp"):
-        mask_answers(ONE, slow)
+@pytest.mark.parametrize(
+    "path", [path for path in SHIPPED if not path.stem.startswith(NOT_MARKED)], ids=lambda path: path.stem
+)
+def test_templates_that_trl_marks_are_learnt_as_in_trl(path, sft, monkeypatch):
+    tokenizer = characters(path.read_text(encoding="utf-8"))
+    template = None if has_generation_markers(tokenizer.chat_template) else get_training_chat_template(tokenizer)
+    monkeypatch.setattr(sft, "chat_template", template)
+    monkeypatch.setattr(sft.args, "assistant_only_loss", True)
+    taken = []
+    for kind, messages in KINDS.items():
+        rows = datasets.Dataset.from_list([{"messages": messages}])
+        try:
+            found_by_trl = sft._prepare_dataset(rows, tokenizer, sft.args, False, None, "train")
+        except (TemplateError, RuntimeError):  # the template refuses such a conversation, or marks nothing in it
+            continue
+        for row in found_by_trl:  # none if it has nothing to learn
+            taken.append(kind)
+            found = mask_answers(rows[0]["messages"], tokenizer, marked_template(tokenizer))
+            whole = tokenizer.apply_chat_template(rows[0]["messages"], chat_template=template, tokenize=True)
+            assert found["input_ids"] == row["input_ids"] == whole["input_ids"]
+            assert found["assistant_masks"] == [int(label != -100) for label in row["labels"]]
+    assert {"one turn", "several turns"} <= set(taken) or path.stem == "llava_next"  # which takes parts, no text
+
+
+@pytest.mark.parametrize("path", [path for path in SHIPPED if path.stem.startswith(NOT_MARKED)], ids=lambda p: p.stem)
+@pytest.mark.parametrize("kind", ["one turn", "several turns", "a system message"])
+def test_templates_that_trl_does_not_mark_are_compared(path, kind):
+    tokenizer = characters(path.read_text(encoding="utf-8"))
+    assert marked_template(tokenizer) is None
+    said = [message["content"] for message in KINDS[kind] if message["role"] == "assistant"]
+    learnt = answers(tokenizer, KINDS[kind])
+    assert len(learnt) == len(said)
+    assert all(content in text for content, text in zip(said, learnt, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -161,7 +219,7 @@ def test_a_token_across_the_bounds_of_an_answer_cannot_be_told_without_its_place
 def test_what_cannot_be_told_is_refused(template, messages, message):
     tokenizer = characters(template)
     with pytest.raises(CELoraError, match=message) as caught:
-        mask_answers(messages, tokenizer)
+        mask_answers(messages, tokenizer, marked_template(tokenizer))
     assert "\n" not in str(caught.value)
 
 
@@ -171,9 +229,9 @@ def test_a_template_that_teaches_no_end_is_said():
         MARKED.replace("<|end|>{% endgeneration %}", "{% endgeneration %}<|end|>"),
     ):
         with pytest.warns(UserWarning, match="nothing that ends an answer"):
-            _check_stop(characters(template))
+            _check_stop(characters(template), marked_template(characters(template)))
     for template in (CHATML, MARKED, CLOSED, THINKING, FORGETFUL):
-        _check_stop(characters(template))
+        _check_stop(characters(template), marked_template(characters(template)))
 
 
 def test_shares():
@@ -242,7 +300,9 @@ def test_masks_of_another_version_are_not_taken(inputs, tmp_path, monkeypatch):
     for code, learnt in (("old", "w2 w2 w2 <eos>"), ("old", "w2 w2 w2 <eos>"), ("new", "<|user|>")):
         monkeypatch.setattr("celora.train.rows.answers.code_digest", lambda file, code=code: code)
         assert built(given, tmp_path / "out")[0] == [learnt]
-        monkeypatch.setattr("celora.train.rows.answers._mask_tokens", lambda *_: ([2, 3], [0, 1]))
+        monkeypatch.setattr(
+            "celora.train.rows.answers._compared", lambda *_: {"input_ids": [2, 3], "assistant_masks": [0, 1]}
+        )
 
 
 def test_a_run_that_is_to_learn_every_token_says_so(inputs, tmp_path):

@@ -41,6 +41,29 @@ def test_an_adapter_for_llama_cpp(out, inputs, base):
     assert f"FROM {base}\n" in (made.output / "Modelfile").read_text()
 
 
+def test_a_name_that_ends_in_gguf_is_the_file(out, base):
+    file = out.with_name("my adapter.gguf")
+    made = export(out, "gguf", gguf=base, output=file)
+    assert made.files == [file.name]
+    assert len(open_gguf(file).tensors) == made.tensors == 2 * 14
+    assert made.command == f"llama-cli -m {base} --lora '{file}'"
+    with pytest.raises(CELoraError, match=r"my adapter\.gguf' exists; --overwrite replaces it"):
+        export(out, "gguf", output=file)
+    assert export(out, "gguf", output=file, overwrite=True).command == f"llama-cli -m BASE.gguf --lora '{file}'"
+    whole = out.with_name("whole.gguf")
+    assert export(out, "gguf", merged=True, gguf=base, output=whole).command == f"llama-cli -m {whole}"
+    assert field(open_gguf(whole), "general.name") == "out"
+    assert sorted(path.name for path in out.parent.iterdir()) == [file.name, "out", "whole.gguf"]
+    with pytest.raises(CELoraError, match=r"whole\.gguf' is the base model; give another name"):
+        export(out, "gguf", gguf=whole, output=whole, overwrite=True)
+    with pytest.raises(CELoraError, match=r"is the name of a GGUF file; --to mlx writes a folder"):
+        export(out, "mlx", output=file)
+    folder = out.with_name("old.gguf")
+    folder.mkdir()
+    with pytest.raises(CELoraError, match=r"old\.gguf' is a folder; a name that ends in \.gguf is the file"):
+        export(out, "gguf", output=folder, overwrite=True)
+
+
 def test_a_merged_model_for_llama_cpp(out, base):
     made = export(out, "gguf", merged=True, gguf=base, outtype="q8_0")
     assert made.output == out.with_name("out-merged-gguf")

@@ -42,7 +42,8 @@ EXPORT_HELP = """Write the adapter in OUT, or the whole merged model, for llama.
 
 \b
 Examples:
-  celora export out --to gguf                                          # adapter.gguf: llama-server --lora
+  celora export out --to gguf --output out.gguf                        # one file: llama-server --lora out.gguf
+  celora export out --to gguf                                          # a folder: adapter.gguf, Modelfile
   celora export out --to gguf --merged --gguf base.gguf --outtype q8_0 # one file with everything
   celora export out --to safetensors --merged                          # a folder for Transformers
   celora export out --to mlx                                           # mlx_lm.generate --adapter-path
@@ -188,7 +189,10 @@ def export(
         typer.Option("--outtype", help="How a merged GGUF file stores its weights; by default f16."),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", callback=possible, help="Folder to write; by default one beside OUT.")
+        Path | None,
+        typer.Option(
+            "--output", callback=possible, help="Folder to write, or a file .gguf; by default a folder beside OUT."
+        ),
     ] = None,
     model: Where = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
@@ -204,9 +208,12 @@ def export(
     if line := unfinished(out):
         typer.echo(line, err=True)
     if as_json:
-        print_json({"output": str(made.output), "files": made.files, "tensors": made.tensors})
+        print_json({"output": str(made.output), "files": made.files, "tensors": made.tensors, "command": made.command})
     elif not quiet:
-        typer.echo(f"{made.output}: {', '.join(made.files)}\n{made.tensors} tensors read back and compared")
+        what = str(made.output) if made.output.is_file() else f"{made.output}: {', '.join(made.files)}"
+        typer.echo(f"{what}\n{made.tensors} tensors read back and compared")
+        if made.command:
+            typer.echo(f"Run it: {made.command}")
 
 
 @contextlib.contextmanager

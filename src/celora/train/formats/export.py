@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shlex
 import warnings
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -20,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 import celora
 from celora.errors import CELoraError, unknown
-from celora.files import replacing_folder
+from celora.files import replacing, replacing_folder
 from celora.train.formats.gguf_file import read_header
 from celora.train.formats.merged_folder import base_folder, write_folder
 from celora.train.formats.mlx_lora import write_mlx
@@ -36,11 +37,15 @@ ADAPTER, MODEL, MODELFILE = "adapter.gguf", "model.gguf", "Modelfile"
 
 @dataclass(frozen=True)
 class Export:
-    """What was written: the folder, its files, and the number of tensors that were read back and compared."""
+    """What was written: the folder or GGUF file, the files in it, and how many tensors were read back and compared.
+
+    `command` runs it with llama.cpp, if it is GGUF.
+    """
 
     output: Path
     files: list[str]
     tensors: int
+    command: str | None = None
 
 
 def export(
@@ -62,7 +67,8 @@ def export(
         merged: write the whole model.
         gguf: the base model as GGUF, which a merged GGUF file needs; None for the file that was trained on, if any.
         outtype: of a merged GGUF file: "f16", "q8_0" or "f32"; None for "f16".
-        output: the folder to write; None for one beside `folder`.
+        output: the folder to write, or a name that ends in ".gguf" for that file alone; None for a folder beside
+            `folder`.
         model: where the base model is now; None for where it was.
         overwrite: replace an earlier export.
 
@@ -91,7 +97,12 @@ def export(
         read_header(gguf)  # raises CELoraError if it is no GGUF file
     beside = folder if folder.name.strip(".") else folder.resolve()  # the folder may be ".", which has no name
     output = output or beside.with_name(f"{folder.resolve().name}{'-merged' if merged else ''}-{to}")
-    _check_output(output, overwrite=overwrite)
+    alone = output.suffix.lower() == ".gguf"
+    if alone and to != "gguf":
+        raise CELoraError(
+            f"--output {str(output)!r} is the name of a GGUF file; --to {to} writes a folder, so name one"
+        )
+    _check_output(output, overwrite=overwrite, alone=alone)
     request = request_of(folder, adapter_config(folder), model)
     gguf = gguf or gguf_of(str(request.given["model"]))
     if merged and to == "gguf" and gguf is None:
@@ -99,30 +110,56 @@ def export(
             "--merged --to gguf takes metadata and tokenizer from the base model's GGUF file; give --gguf FILE or, "
             "without one, --to safetensors, which llama.cpp's convert_hf_to_gguf.py reads"
         )
+    if alone and gguf is not None and output.exists() and output.samefile(gguf):
+        raise CELoraError(f"--output {str(output)!r} is the base model; give another name")
     adapter = SavedAdapter(folder)
     _check_layers(adapter, folder, request)
     name = folder.resolve().name
+    if alone:
+        with replacing(output) as new:
+            tensors = _write_gguf(new, adapter, request, merged, gguf, outtype, name)
+        return Export(output, [output.name], tensors, _command(output, request, merged, gguf))
+    file = MODEL if merged else ADAPTER
     with replacing_folder(output) as new:
         if to == "safetensors":
             base = base_folder(request.model, request.lora["model_revision"])
             tensors = write_folder(new, base, adapter, tokenizer_of(folder, request))
-        elif merged and gguf is not None:
-            from celora.train.formats.merged_gguf import write_merged
-
-            tensors = write_merged(new / MODEL, gguf, adapter, _config(request), outtype or "f16", name)
         elif to == "mlx":
             tensors = write_mlx(new, adapter, _config(request))
         else:
-            from celora.train.formats.lora_gguf import write_lora
-
-            header = None if gguf is None else read_header(gguf)
-            tensors = write_lora(new / ADAPTER, adapter, _config(request), name, header)
+            tensors = _write_gguf(new / file, adapter, request, merged, gguf, outtype, name)
         if to != "mlx":  # which Ollama cannot read
             (new / MODELFILE).write_text(_modelfile(request, to, merged, gguf), encoding="utf-8")
         note = {"celora": celora.__version__, "to": to, "merged": merged, "tensors": tensors}
         (new / MARK).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
         files = sorted(path.name for path in new.iterdir())
-    return Export(output, files, tensors)
+    return Export(output, files, tensors, _command(output / file, request, merged, gguf) if to == "gguf" else None)
+
+
+def _write_gguf(
+    file: Path,
+    adapter: SavedAdapter,
+    request: TrainRequest,
+    merged: bool,
+    gguf: Path | None,
+    outtype: str | None,
+    name: str,
+) -> int:
+    if merged and gguf is not None:
+        from celora.train.formats.merged_gguf import write_merged
+
+        return write_merged(file, gguf, adapter, _config(request), outtype or "f16", name)
+    from celora.train.formats.lora_gguf import write_lora
+
+    return write_lora(file, adapter, _config(request), name, None if gguf is None else read_header(gguf))
+
+
+def _command(file: Path, request: TrainRequest, merged: bool, gguf: Path | None) -> str:
+    """What runs a GGUF file with llama.cpp."""
+    if merged:
+        return shlex.join(["llama-cli", "-m", str(file)])
+    base = "BASE.gguf" if gguf is None else str(gguf)
+    return shlex.join(["llama-cli", "-m", base, "--lora", str(file)])
 
 
 def _check_layers(adapter: SavedAdapter, folder: Path, request: TrainRequest) -> None:
@@ -141,12 +178,16 @@ def _check_layers(adapter: SavedAdapter, folder: Path, request: TrainRequest) ->
     check_layers(adapted, {f"{PREFIX}{layer}" for layer in adapter.layers}, folder)
 
 
-def _check_output(output: Path, *, overwrite: bool) -> None:
+def _check_output(output: Path, *, overwrite: bool, alone: bool) -> None:
     if not output.parent.is_dir():
         raise CELoraError(f"--output {str(output)!r}; expected a name in a folder that exists")
     if not output.exists() and not output.is_symlink():
         return
-    if not (output / MARK).is_file() or output.is_symlink():
+    if alone and not output.is_file():
+        raise CELoraError(
+            f"--output {str(output)!r} is a folder; a name that ends in .gguf is the file, choose another"
+        )
+    if not alone and (not (output / MARK).is_file() or output.is_symlink()):
         raise CELoraError(f"--output {str(output)!r} exists and no export made it, so it is left alone; choose another")
     if not overwrite:
         raise CELoraError(f"--output {str(output)!r} exists; --overwrite replaces it")

@@ -1,33 +1,28 @@
 """Finds the tokens of a conversation that the assistant wrote. A chat model learns only these, not what users say.
 
-A chat template with `{% generation %}` marks says where they are. With any other template, celora compares two texts:
-the conversation before an answer, with the generation prompt, and the conversation up to the end of that answer. The
-answer is what the second has in addition. Both texts must be beginnings of the whole conversation. If they are not,
-celora refuses the row; it never guesses.
+Marks `{% generation %}` in a chat template say where they are. TRL has a marked version of the templates that it knows,
+and this one decides. With any other template, celora compares rendered texts, and refuses what it cannot tell.
 """
 
 from __future__ import annotations
 
 import contextlib
-import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pyarrow.compute as pc  # type: ignore[import-untyped]
+from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
 from celora.errors import CELoraError
 from celora.train.rows.data import code_digest, has_turns
 
-_MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _WAYS_OUT = (
     "give a template with {% generation %} marks in --chat_template_path, leave out such rows, or learn every token "
     "with --assistant_only_loss false"
 )
 Messages = Sequence[dict[str, Any]]
-Render = Callable[[Messages, bool], str]  # (conversation, with the generation prompt?) -> text
 
 
 class AnswersOnly:
@@ -74,13 +69,15 @@ class AnswersOnly:
 
 
 def _masked(dataset: Any, tokenizer: Any, processes: int | None, data: str, completion_only: bool) -> Any:
-    _check_stop(tokenizer)
+    template = marked_template(tokenizer)
+    _check_stop(tokenizer, template)
     return dataset.map(
         _mask_row,
         with_indices=True,
         # The code is part of the key under which `datasets` keeps masks; a function's name alone would be.
         fn_kwargs={
             "tokenizer": tokenizer,
+            "template": template,
             "data": data,
             "completion_only": completion_only,
             "code": code_digest(__file__),
@@ -106,11 +103,11 @@ def _has_answer_within(row: dict[str, Any], limit: int) -> bool:
     return any(row["assistant_masks"][:limit])
 
 
-def _check_stop(tokenizer: Any) -> None:
+def _check_stop(tokenizer: Any, template: str | None) -> None:
     """Warn if the chat template does not end answers, or ends them outside its marks."""
     probe = [{"role": role, "content": text} for role, text in (("user", "no"), ("assistant", "yes"), ("user", "no"))]
     with contextlib.suppress(Exception):  # a row that the template refuses gets its own error later
-        found = mask_answers(probe, tokenizer)
+        found = mask_answers(probe, tokenizer, template)
         learnt = [token for token, mask in zip(found["input_ids"], found["assistant_masks"], strict=True) if mask]
         if tokenizer.decode(learnt).strip().endswith("yes"):
             warnings.warn(
@@ -120,123 +117,116 @@ def _check_stop(tokenizer: Any) -> None:
             )
 
 
-def _is_marked(tokenizer: Any) -> bool:
-    """Whether the template marks answers, and the tokenizer can follow the marks."""
-    return bool(tokenizer.is_fast and tokenizer.chat_template and _MARKS.search(tokenizer.get_chat_template()))
+def marked_template(tokenizer: Any) -> str | None:
+    """The chat template with `{% generation %}` marks: the tokenizer's own, or TRL's version of it; else None."""
+    if not (tokenizer.is_fast and tokenizer.chat_template):
+        return None
+    own: str = tokenizer.get_chat_template()
+    if has_generation_markers(own):
+        return own
+    try:
+        return str(get_training_chat_template(tokenizer))
+    except ValueError:  # TRL does not know it
+        return None
 
 
 def _mask_row(
-    row: dict[str, Any], index: int, tokenizer: Any, data: str, completion_only: bool, code: str
+    row: dict[str, Any],
+    index: int,
+    tokenizer: Any,
+    template: str | None,
+    data: str,
+    completion_only: bool,
+    code: str,
 ) -> dict[str, Any]:
     messages = row["messages"] if "messages" in row else row["prompt"] + row["completion"]
     first = len(row["prompt"]) if "prompt" in row and completion_only else 0
     try:
-        return mask_answers(messages, tokenizer, first)
+        return mask_answers(messages, tokenizer, template, first)
     except CELoraError as error:
         raise CELoraError(f"row {index + 1:,} of the {data} data: {error}") from None
+    except Exception as error:
+        if template is None:
+            raise
+        raise CELoraError(f"the chat template refuses row {index + 1:,} of the {data} data: {error}") from error
 
 
-def mask_answers(messages: Messages, tokenizer: Any, first: int = 0) -> dict[str, list[int]]:
+def mask_answers(messages: Messages, tokenizer: Any, template: str | None, first: int = 0) -> dict[str, list[int]]:
     """The tokens of a conversation, and whether each is part of an answer. Answers before message `first` do not count.
 
+    `template`: the `marked_template`, or None to compare texts.
+
     Returns:
-        `input_ids`, rendered by the tokenizer's chat template, and `assistant_masks`: 1 for a token to learn, else 0.
+        `input_ids`, rendered by the chat template, and `assistant_masks`: 1 for a token to learn, else 0.
 
     Raises:
         CELoraError: there is no answer, or the template writes an answer differently when more follows.
     """
-    answers = [k for k in range(first, len(messages)) if messages[k]["role"] == "assistant"]
-    if not answers:
+    if all(message["role"] != "assistant" for message in messages[first:]):
         raise CELoraError("no assistant turn is in it, so there is nothing to learn; leave it out")
+    if template is None:
+        return _compared(messages, tokenizer, first)
 
-    def render(some: Messages, prompt: bool) -> str:
-        return str(tokenizer.apply_chat_template(some, tokenize=False, add_generation_prompt=prompt))
+    def tokens(some: Messages, **more: Any) -> Any:
+        return tokenizer.apply_chat_template(some, chat_template=template, tokenize=True, return_dict=True, **more)
 
-    whole = render(messages, False)
-    if _is_marked(tokenizer):
-        found = tokenizer.apply_chat_template(
-            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-        )
-        ids, mask = list(found["input_ids"]), list(found["assistant_masks"])
-        if first:
-            asked = len(_tokens(tokenizer, whole[: _shared(whole, render(messages[:first], True))]))
-            mask[:asked] = [0] * asked
-        if not any(mask):
-            raise CELoraError(f"the chat template marks none of its tokens as an answer; {_WAYS_OUT}")
-        return {"input_ids": ids, "assistant_masks": mask}
-    end = tokenizer.eos_token or ""
-    ids, mask = _mask_tokens(tokenizer, whole, [_span(messages, k, whole, render, end) for k in answers])
+    found = tokens(messages, return_assistant_tokens_mask=True)
+    ids, mask = list(found["input_ids"]), list(found["assistant_masks"])
+    if first:
+        asked = _shared(ids, tokens(messages[:first], add_generation_prompt=True)["input_ids"])
+        mask[:asked] = [0] * asked
+    if not any(mask):
+        raise CELoraError(f"the chat template marks none of its tokens as an answer; {_WAYS_OUT}")
     return {"input_ids": ids, "assistant_masks": mask}
 
 
-def _span(messages: Messages, k: int, whole: str, render: Render, end: str) -> tuple[int, int]:
-    """Begin and end of the answer `messages[k]` in the text `whole` of the conversation, in characters.
+def _compared(messages: Messages, tokenizer: Any, first: int) -> dict[str, list[int]]:
+    """`mask_answers` with a template without marks: an answer is what it adds to the text that asks for it.
 
-    Some templates add text at the end of a conversation: `end` after the last answer, or an empty thought before it.
-    """
-    try:
-        before, upto = _before(messages, k, render), render(messages[: k + 1], False)
-    except Exception as error:  # the template's own, about a conversation that ends there
-        said = str(error).strip()
-        raise CELoraError(f"the chat template refuses what ends at messages[{k}] ({said}); {_WAYS_OUT}") from None
-    written = upto[len(before) :]
-    if upto.startswith(before) and whole.startswith(before):
-        said = str(messages[k]["content"]).strip()
-        bare = written[max(0, written.find(said)) :]
-        for text in (written, written.removesuffix(end), bare, bare.removesuffix(end)):
-            if (text is written or said in text) and whole.startswith(text, len(before)):
-                return len(before), len(before) + len(text)
-    raise CELoraError(
-        f"the chat template writes the answer messages[{k}] differently after its generation prompt, or when more "
-        f"messages follow, so its tokens are not known; {_WAYS_OUT}"
-    )
-
-
-def _before(messages: Messages, k: int, render: Render) -> str:
-    """The text before message `k`, with the generation prompt."""
-    if k:
-        return render(messages[:k], True)
-    # No template renders an empty conversation, so find the prompt in the conversation of this message alone.
-    alone, more = render(messages[:1], False), render(messages[:1], True)
-    prompt = more[_shared(alone, more) :]
-    return alone[: alone.find(prompt)] + prompt  # no beginning of `alone` if the prompt is not in it
-
-
-def _shared(one: str, other: str) -> int:
-    """How many characters the beginnings of two texts share."""
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-
-
-def _tokens(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def _mask_tokens(tokenizer: Any, whole: str, spans: list[tuple[int, int]]) -> tuple[list[int], list[int]]:
-    """The tokens of the text, and for each 1 if it overlaps a span, else 0.
-
-    A fast tokenizer tells the characters of each token. For others, celora counts tokens. A token that is partly in an
-    answer is learnt, as with `{% generation %}` marks.
+    The text before an answer, with the generation prompt, and the text up to the answer's end must be beginnings of
+    the whole. Some templates add text where a conversation ends: the token `eos` after the last answer, or an empty
+    thought before it. A token that is partly in an answer is learnt, as with marks.
     """
     if not tokenizer.is_fast:
-        return _mask_counted(tokenizer, whole, spans)
+        raise CELoraError(f"this tokenizer does not say which characters a token stands for; {_WAYS_OUT}")
+
+    def render(some: Messages, prompt: bool = False) -> str:
+        return str(tokenizer.apply_chat_template(some, tokenize=False, add_generation_prompt=prompt))
+
+    def before(k: int) -> str:
+        if k:
+            return render(messages[:k], True)
+        # No template renders an empty conversation, so find the prompt in the conversation of this message alone.
+        alone, more = render(messages[:1]), render(messages[:1], True)
+        prompt = more[_shared(alone, more) :]
+        return alone[: alone.find(prompt)] + prompt  # no beginning of `alone` if the prompt is not in it
+
+    whole, eos, spans = render(messages), tokenizer.eos_token or "", []
+    for k in (k for k in range(first, len(messages)) if messages[k]["role"] == "assistant"):
+        try:
+            asked, upto = before(k), render(messages[: k + 1])
+        except Exception as error:  # the template's own, about a conversation that ends there
+            reason = str(error).strip()
+            raise CELoraError(f"the chat template refuses what ends at messages[{k}] ({reason}); {_WAYS_OUT}") from None
+        written, said = upto[len(asked) :], str(messages[k].get("content") or "").strip()
+        bare = written[max(0, written.find(said)) :]
+        for text in (written, written.removesuffix(eos), bare, bare.removesuffix(eos)):
+            if upto.startswith(asked) and (text is written or said in text) and whole.startswith(asked + text):
+                spans.append((len(asked), len(asked) + len(text)))
+                break
+        else:
+            raise CELoraError(
+                f"the chat template writes the answer messages[{k}] differently after its generation prompt, or when "
+                f"more messages follow, so its tokens are not known; {_WAYS_OUT}"
+            )
     encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
-    starts, ends = np.asarray(encoded["offset_mapping"], np.int64).reshape(-1, 2).T
-    mask = np.zeros(len(starts), np.int64)
-    for start, end in spans:
-        mask |= (ends > start) & (starts < end)
-    return list(encoded["input_ids"]), mask.tolist()
+    mask = [int(any(end > a and start < b for a, b in spans)) for start, end in map(tuple, encoded["offset_mapping"])]
+    return {"input_ids": list(encoded["input_ids"]), "assistant_masks": mask}
 
 
-def _mask_counted(tokenizer: Any, whole: str, spans: list[tuple[int, int]]) -> tuple[list[int], list[int]]:
-    ids = _tokens(tokenizer, whole)
-    mask = [0] * len(ids)
-    for span in spans:
-        start, end = (len(part) for part in (_tokens(tokenizer, whole[:place]) for place in span))
-        for place, count in zip(span, (start, end), strict=True):
-            if _tokens(tokenizer, whole[:place]) != ids[:count]:
-                raise CELoraError(f"a token of this tokenizer goes beyond the bounds of an answer; {_WAYS_OUT}")
-        mask[start:end] = [1] * (end - start)
-    return ids, mask
+def _shared(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """How many elements the beginnings of two sequences share."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 # --- how much is learnt ----------------------------------------------------------------------------------------------
