@@ -1,4 +1,4 @@
-"""Every `celora.some.name` on a page becomes a link to its reference; one that does not exist fails a strict build."""
+"""Every public `celora.name` on a page becomes a link to its reference."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 _FENCE = re.compile(r"(^```.*?^```)", re.MULTILINE | re.DOTALL)
 _NAME = re.compile(r"(?<!\[)`(celora(?:\.\w+)+)`")
 _PUBLIC = re.findall(
-    r"^::: ((celora)\..*\.(\w+))$",
+    r"^::: (celora\.\S+)$",
     Path(__file__).with_name("reference").joinpath("index.md").read_text(encoding="utf-8"),
     re.MULTILINE,
 )
-_TARGETS = {f"{package}.{name}": path for path, package, name in _PUBLIC}
+_TARGETS = {f"celora.{path.rpartition('.')[2]}": path for path in _PUBLIC} | {path: path for path in _PUBLIC}
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
@@ -25,4 +25,5 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 def _link(found: re.Match[str]) -> str:
     # A public name may be a module's, too (celora.attach): it means the object, which stands where it is defined.
-    return f"[`{found[1]}`][{_TARGETS.get(found[1], found[1])}]"
+    target = _TARGETS.get(found[1])
+    return f"[`{found[1]}`][{target}]" if target else found[0]

@@ -175,12 +175,6 @@ def test_what_is_not_json_is_one_line(tmp_path: Path, content: bytes, message: s
         read_json(tmp_path / "none.json")
 
 
-@pytest.mark.fault(
-    "input",
-    "data, configuration, plan or record of a run is a pipe or a device, or a link to one",
-    sees="`a pipe or a device; expected a file`",
-    kept="everything: celora neither waits for it nor reads without end",
-)
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
 @pytest.mark.parametrize("read", [read_json, read_document, load_rows])
 @pytest.mark.parametrize("what", ["pipe", "device"])

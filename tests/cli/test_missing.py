@@ -41,12 +41,6 @@ def test_nothing_is_missing(installed: dict[str, str]) -> None:
     assert missing() == ""
 
 
-@pytest.mark.fault(
-    "machines",
-    "`celora` without the packages of the command line, or with older ones",
-    sees="one line: what is missing, what is too old, and the command that installs it; exit status 2",
-    kept="what is installed",
-)
 def test_what_is_missing_or_too_old_is_named(installed: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     installed["trl"] = "1.9.0"
     del installed["gguf"]

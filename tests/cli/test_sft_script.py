@@ -23,12 +23,6 @@ Training({step}).train()
 """
 
 
-@pytest.mark.fault(
-    "input",
-    "bad input to `celora sft`, which TRL or another library refuses",
-    sees="`no training with these settings`, and the library's words; `trl sft` shows its traceback",
-    kept="everything: no step is taken",
-)
 @pytest.mark.parametrize(
     ("text", "said"),
     [

@@ -286,7 +286,7 @@ def page() -> str:
         _versions(),
         f"The command line also needs at least {_others('app')}. Quantised bases need {_others('quantised')}.",
         "`make test` takes the newest releases. Nightly tests take the lowest versions, and the newest pre-releases. "
-        "The versions of axolotl and LLaMA-Factory were tried by hand ([log](../develop/log/integration.md)).",
+        "The versions of axolotl and LLaMA-Factory were tried by hand.",
         "## Refused",
         "- **Models patched by Unsloth.** Unsloth's kernels compute base layer and adapter themselves. "
         "`celora.attach` raises `CELoraError`.\n"

@@ -174,12 +174,6 @@ def test_a_wheels_library_needs_no_compiler(compiled: Path, package: Path) -> No
     assert (loaded._name, reason) == (str(file), "")
 
 
-@pytest.mark.fault(
-    "machines",
-    "a wheel's library of kernels is cut off, or another file has taken its place",
-    sees="one warning, which names the file: `is damaged: install celora again`, or `cannot be loaded`",
-    kept="everything: celora compiles the kernels if there is a compiler, and uses torch's operators otherwise",
-)
 @needs_compiler
 @pytest.mark.parametrize("how", ["cut", "text", "foreign"])
 def test_a_wheels_library_that_is_no_such_library(

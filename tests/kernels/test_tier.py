@@ -36,12 +36,6 @@ def test_the_newest_tier_is_used_unless_another_is_asked_for(
     assert why_this() == f"{kernels.tier} ({why})"
 
 
-@pytest.mark.fault(
-    "machines",
-    "CELORA_KERNELS names a tier that the CPU lacks, or one that does not exist",
-    sees="one warning with the tiers that the CPU offers",
-    kept="everything: celora uses torch's operators",
-)
 @needs_kernels
 @pytest.mark.parametrize("asked", ["avx1024", "on", "neon" if TIERS[:1] == ["baseline"] else "amx"])
 def test_a_tier_that_is_not_there_is_said_in_one_line(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:

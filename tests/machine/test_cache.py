@@ -64,12 +64,6 @@ def test_every_folder_of_the_cache_is_made_for_the_user_alone(home: Path) -> Non
         assert folder.stat().st_mode & 0o777 == 0o700, folder
 
 
-@pytest.mark.fault(
-    "security",
-    "a folder above the cache of compiled kernels, if other users can write to it",
-    sees="`celora doctor` names the folder",
-    kept="celora loads nothing from there; each process compiles and measures for itself",
-)
 @pytest.mark.parametrize("where", ["cache", "cache/deep", "link", "."])
 def test_no_folder_above_the_cache_may_be_open_to_others(
     where: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

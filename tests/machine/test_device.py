@@ -139,12 +139,6 @@ def on_mps(model: PeftModel) -> PeftModel:
     return model
 
 
-@pytest.mark.fault(
-    "numbers",
-    "an accelerator has no float64, like MPS",
-    sees="nothing",
-    kept="the result: the CPU computes what needs float64",
-)
 def test_an_audit_there_is_the_cpu_s(mps: list[str]) -> None:
     config = CELoraConfig(keep_ratio=0.5, rank=0, labelled_head=True, head_keep_ratio=0.4)
     model, batch = make_model(), make_batch(1)

@@ -141,12 +141,6 @@ def test_a_run_goes_on_in_its_dtype(inputs: dict[str, str], emulated: None) -> N
         assert settled(inputs, {"lora": {"dtype": name}})[0] == name
 
 
-@pytest.mark.fault(
-    "numbers",
-    "a checkpoint is in bfloat16, and the CPU emulates bfloat16",
-    sees="`Base model in float32: bfloat16 products take ... times as long as float32's here`",
-    kept="the weights, exactly; bfloat16 if float32 does not fit into memory",
-)
 def test_a_run_says_its_dtype_and_resumes_in_it(
     inputs: dict[str, str], emulated: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

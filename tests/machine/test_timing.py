@@ -215,12 +215,6 @@ def test_a_device_that_is_waited_for_can_be_timed(monkeypatch: pytest.MonkeyPatc
     assert cannot_time(MPS) == ""
 
 
-@pytest.mark.fault(
-    "numbers",
-    "a device cannot tell when its work is done",
-    sees="one line, if a plan is asked for",
-    kept="celora times nothing there; presets `exact` and `paper` work",
-)
 @pytest.mark.parametrize("why", ["no longer than a small one", "torch.accelerator does not know it"])
 def test_no_plan_where_times_are_those_of_launches(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, make_plan = make_model(), celora.make_plan  # imports its module, which is to be patched, too

@@ -28,12 +28,6 @@ from reads import Reads, Waits
 from small import make_batch, make_model
 
 
-@pytest.mark.fault(
-    "models",
-    "after training, the program drops its last reference to the model",
-    sees="nothing",
-    kept="its memory is free at once, without waiting for Python's collector",
-)
 @pytest.mark.parametrize("kind", ["full", "padded"])
 def test_a_dropped_model_is_freed_at_once(kind: str) -> None:
     model, batch = make_model().train(), make_batch(0) if kind == "full" else masked_batch()

@@ -271,12 +271,6 @@ def test_what_torch_compile_cannot_trace_is_one_operator_to_it(settings: dict[st
     assert gradients[0].equal(gradients[1])
 
 
-@pytest.mark.fault(
-    "numbers",
-    "a gradient is computed in `eval()`, as for saliency or adversarial examples",
-    sees="nothing; `this model trains in eval mode ...` if an optimizer steps with it",
-    kept="PEFT's own gradient, bit for bit; celora takes no statistics and counts no step",
-)
 @pytest.mark.parametrize("at", ["a refresh", "an estimate"])
 def test_gradients_in_eval_are_pefts_own(at: str) -> None:
     plain, model = make_model(), make_model()

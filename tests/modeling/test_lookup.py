@@ -78,12 +78,6 @@ def test_outside_its_calls_the_configuration_is_the_models_own() -> None:
     assert seen == [("attention", own), ("gate", "sdpa")]
 
 
-@pytest.mark.fault(
-    "models",
-    "Ctrl-C or an error interrupts a forward or a backward inside an attention",
-    sees="the interruption or the error itself",
-    kept="the model's configuration: the next forward finds it unchanged",
-)
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 @pytest.mark.parametrize("where", ["forward", "backward"])
 def test_an_interrupted_attention_leaves_nothing_behind(
@@ -262,12 +256,6 @@ def bidirectional(model: nn.Module, how: str) -> dict[str, Any]:
     return {}
 
 
-@pytest.mark.fault(
-    "models",
-    "tokens attend to later ones (`config.is_causal=False`, as LLM2Vec or text diffusion train)",
-    sees="`padding stays in batches: its tokens attend to later ones`, once",
-    kept="the loss and the gradient of such an attention",
-)
 @pytest.mark.parametrize("after", [True, False], ids=["after attaching", "before attaching"])
 @pytest.mark.parametrize(
     ("kind", "how"),

@@ -94,12 +94,6 @@ def test_logits_with_a_cap_have_neither_means_nor_a_temperature() -> None:
     ],
     ids=["fields", "scale", "dtype", "outputs"],
 )
-@pytest.mark.fault(
-    "models",
-    "celora cannot read the fused head of this version of TRL, or the head computes what celora does not",
-    sees="`celora cannot read ... from the fused head of this version of TRL; its own loss is used ...`, once",
-    kept="TRL's own numbers; with label smoothing an error, because TRL's head would not smooth",
-)
 def test_a_fused_head_that_cannot_be_served_is_trls_own(change: Callable[[Any], None], reason: str) -> None:
     model, causal = fused()
     celora.attach(model, "exact")

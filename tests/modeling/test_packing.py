@@ -245,12 +245,6 @@ def _replaced(what: str, model: Any) -> Iterator[None]:
             del functions["sdpa"]  # the one that stands for all is there again
 
 
-@pytest.mark.fault(
-    "models",
-    "attention, its masks or the forward of the whole model are the user's own",
-    sees="`padding stays in batches: ...`, with the name of what is not Transformers'",
-    kept="LoRA's own loss and gradient",
-)
 @pytest.mark.parametrize(
     ("what", "said"),
     [

@@ -148,12 +148,6 @@ def closeness(dtype: torch.dtype) -> float:
     return 1e-5 if dtype == torch.float32 else 0.05
 
 
-@pytest.mark.fault(
-    "models",
-    "a model caps or scales its logits, and its configuration says so in another way or not at all",
-    sees="`... does something to its logits that is not known; its own loss is used ...`, once, or nothing",
-    kept="the model's own loss and gradient, also while logits are too small to show a cap",
-)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", KNOWN)
 @pytest.mark.filterwarnings("ignore:.*(scan|use_cache|inputs_embeds|torch.jit).*")
@@ -253,12 +247,6 @@ def doubled(layer: nn.Module) -> Callable[..., Tensor]:
     return lambda x: 2 * nn.Linear.forward(layer, x)
 
 
-@pytest.mark.fault(
-    "models",
-    "the forward of a model or of its head is replaced after celora was attached",
-    sees="`the forward of ... was replaced by ... by now; its own loss is used ...`, once",
-    kept="the loss and the gradient of the new forward",
-)
 @pytest.mark.parametrize("what", ["head", "partial", "model"])
 @pytest.mark.parametrize("after", [True, False], ids=["after a step", "before attaching"])
 def test_a_replaced_forward_is_seen(what: str, after: bool) -> None:

@@ -101,14 +101,6 @@ DONE_TO_A_LAYER = {
 SAID = {"forward", "input", "pruned", "output first", "parametrized"}
 
 
-@pytest.mark.fault(
-    "models",
-    "a base layer is patched before or after `attach`: its `forward` is replaced, or it is hooked, pruned or "
-    "parametrized",
-    sees="`... keeps PEFT's own backward: its forward was replaced`, once; if it was patched before `attach`, in the "
-    "report",
-    kept="that layer's gradient, which is PEFT's own; celora takes over the other layers",
-)
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("what", DONE_TO_A_LAYER)

@@ -28,13 +28,6 @@ sizes = st.tuples(st.integers(1, 70), st.integers(1, 40))
 exponents = st.integers(-148, 120)
 
 
-@pytest.mark.fault(
-    "numbers",
-    "gradients of any scale, from below the smallest normal number to near the largest",
-    sees="nothing",
-    kept="the estimate: it is finite if the exact backward is, and its error is no larger than the exact result "
-    "(drawn estimates excepted)",
-)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.filterwarnings("ignore:celora. (a gradient of|by step)")
 def test_no_scale_invents_or_loses(path: str, dtype: torch.dtype) -> None:
@@ -91,12 +84,6 @@ def test_eight_bits_are_as_good_as_they_are_at_any_scale(
         assert (found - exact).norm() <= error * exact.norm() + lost
 
 
-@pytest.mark.fault(
-    "numbers",
-    "weights that are zero, of rank 1, tiny or huge",
-    sees="nothing",
-    kept="the estimate and its statistics: both are finite",
-)
 @pytest.mark.parametrize("how", ["zero", "of rank 1", "tiny", "huge"])
 @pytest.mark.filterwarnings("ignore:celora. by step")
 def test_weights_that_are_degenerate(path: str, how: str) -> None:
@@ -113,12 +100,6 @@ def test_weights_that_are_degenerate(path: str, how: str) -> None:
         assert all(value.isfinite().all() for value in graft.estimator.state_dict().values()), member
 
 
-@pytest.mark.fault(
-    "numbers",
-    "a batch of one token, or a layer that no token reaches",
-    sees="nothing",
-    kept="PEFT's shapes; an estimator learns nothing from a batch without tokens",
-)
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("tokens", [0, 1])
 def test_one_token_and_none(path: str, tokens: int, fused: bool) -> None:
@@ -138,12 +119,6 @@ def test_one_token_and_none(path: str, tokens: int, fused: bool) -> None:
             assert not graft.observed or not graft.estimator.ready
 
 
-@pytest.mark.fault(
-    "numbers",
-    "gradients that are all zero",
-    sees="`... has seen no gradient to select from ... It stays exact until it sees one.`, once",
-    kept="the exact backward, until there is something to select from",
-)
 def test_gradients_that_say_nothing_are_said_once() -> None:
     """Nothing can be selected from zeros: the layer stays exact, and celora says so.
 

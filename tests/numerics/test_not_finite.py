@@ -49,15 +49,6 @@ def _faulty(dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     yield "mostly nan", G
 
 
-@pytest.mark.fault(
-    "numbers",
-    "NaN or infinity in a gradient, in training",
-    sees="`a gradient of ... is not finite, or nearly so; its backward is exact this time`, once. On accelerators, "
-    "under torch.compile and with sharded weights a check would have to wait. There you see what plain LoRA shows: "
-    "the adapter's own gradient is not finite",
-    kept="the exact backward's result: the same numbers are finite, and equal up to rounding; the selection and its "
-    "statistics",
-)
 @pytest.mark.parametrize(("path", "dtype", "fused"), PAIRS, indirect=["path"])
 def test_what_is_not_finite_arrives_as_in_the_exact_backward(path: str, dtype: torch.dtype, fused: bool) -> None:
     """Finite numbers beside it equal the exact backward's, up to rounding. What the estimator knows does not change."""
@@ -104,12 +95,6 @@ def test_where_looking_would_wait_it_arrives_all_the_same(
                     assert found[name].isfinite().equal(exact.isfinite()), (member, fault, name)
 
 
-@pytest.mark.fault(
-    "numbers",
-    "NaN or infinity in a gradient that a refresh looks at",
-    sees="nothing: its backward is exact anyway",
-    kept="the statistics: the next selection is the same as without the fault",
-)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_refresh_that_sees_nothing_finite_learns_nothing(path: str, dtype: torch.dtype) -> None:
     """As when a GradScaler repeats a step, the selection is the same as without the overflow."""
@@ -148,13 +133,6 @@ SCALED = {
 }
 
 
-@pytest.mark.fault(
-    "numbers",
-    "float16 overflows under a GradScaler",
-    sees="nothing: the scaler skips the step, as with PEFT",
-    kept="parameters, statistics and the clock: the loss scale is the same as with PEFT, and a skipped step is not "
-    "counted",
-)
 @pytest.mark.parametrize("config", SCALED.values(), ids=SCALED)
 @pytest.mark.filterwarnings("ignore:celora. a gradient of")
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step:UserWarning")
@@ -194,12 +172,6 @@ def test_an_overflow_under_a_grad_scaler_is_skipped_and_forgotten(config: Any) -
     assert scales[0] == scales[1]
 
 
-@pytest.mark.fault(
-    "numbers",
-    "the logits of the first batch are not finite",
-    sees="the loss that the model itself computes, for that call alone",
-    kept="celora's loss over labelled tokens, from the next call on",
-)
 def test_the_first_batch_not_finite_does_not_decide_about_the_head(model: PeftModel) -> None:
     """Logits that are not finite show nothing about the head. So the model's own loss is used, for that call alone."""
     celora.attach(model, "exact")

@@ -82,12 +82,6 @@ class _InterruptedError(Exception):
     pass
 
 
-@pytest.mark.fault(
-    "models",
-    '`celora.audit(..., reference="float32")` ends early, or is interrupted while weights are float32',
-    sees="the exception itself",
-    kept="every weight, gradient and setting, as they were",
-)
 @pytest.mark.parametrize("interrupted", [False, True])
 def test_a_model_is_itself_again_after_float32(interrupted: bool, batch: dict[str, torch.Tensor]) -> None:
     """Adapters are in bfloat16, too, so they are replaced, and they hold gradients at that moment."""

@@ -56,12 +56,6 @@ def test_the_installed_libraries_have_it(name):
     assert borrowed.borrow(name) is not None
 
 
-@pytest.mark.fault(
-    "models",
-    "the installed version of a library lacks a private name that celora uses",
-    sees="`this version of ... has no ..., so ...`, once",
-    kept="the result: plain PEFT's",
-)
 @pytest.mark.parametrize("name", borrowed.NAMES)
 def test_without_it_the_result_is_the_same(name, monkeypatch):
     plain, _ = trained(None)

@@ -154,12 +154,6 @@ def test_an_optimizer_of_other_tensors_is_said(model: PeftModel, batch: dict[str
         optimizer.step()
 
 
-@pytest.mark.fault(
-    "models",
-    "a loop changes the parameters without an optimizer of `torch.optim`",
-    sees="`256 backwards, and celora has seen no step of an optimizer`, once, and what to call",
-    kept="the exact gradient in every layer",
-)
 @pytest.mark.parametrize("how", ["by hand", "told", "accumulated"])
 def test_a_loop_whose_steps_celora_cannot_see_is_told_what_to_call(
     how: str, model: PeftModel, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder

@@ -156,13 +156,6 @@ def test_a_trial_of_a_search_saves_into_its_own_folder(tmp_path: Path, monkeypat
     assert (tmp_path / "run-7" / "checkpoint-4" / STATE_NAME).exists()
 
 
-@pytest.mark.fault(
-    "models",
-    "`Trainer(model_init=...)` makes a new model when training begins, and celora was attached to the one before",
-    sees="`model_init made a new model when training began, and celora is not attached to it`, and what to give the "
-    "Trainer",
-    kept="the training, by plain PEFT",
-)
 @pytest.mark.parametrize("lora", [True, False])
 def test_a_new_model_of_model_init_without_celora_is_said(
     lora: bool, tmp_path: Path, recwarn: pytest.WarningsRecorder

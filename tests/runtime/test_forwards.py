@@ -25,12 +25,6 @@ BOTH = CELoraConfig(estimator="int8", forward="int8", refresh_every=3, fused=Tru
 pytestmark = pytest.mark.skipif(refuses(), reason="no 8-bit products here, which is tested in test_products")
 
 
-@pytest.mark.fault(
-    "numbers",
-    "the 8-bit forward of a layer loses too much, for example with a few very large weights",
-    sees="one warning with the layer's name and the error",
-    kept="the layer's own forward from then on, also after a resume",
-)
 def test_a_layer_that_loses_too_much_goes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     without(monkeypatch, "onednn")
     model = make_model()
@@ -63,12 +57,6 @@ HEAD_TOO = dataclasses.replace(BOTH, labelled_head=True, head_forward="int8")
 HEAD_ALONE = CELoraConfig(estimator="dense", labelled_head=True, head_forward="int8", refresh_every=3)
 
 
-@pytest.mark.fault(
-    "numbers",
-    "the logits in 8 bits lose too much, for example with a few very large weights in the head",
-    sees="one warning with the error",
-    kept="exact logits from then on, also after a resume",
-)
 def test_a_head_that_loses_too_much_goes_back(tmp_path: Path) -> None:
     """Its second step tells: by then the scales of its input have been learned, and they are not enough."""
     model = make_model()

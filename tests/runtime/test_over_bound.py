@@ -28,13 +28,6 @@ def _steps(model: PeftModel, first: int, count: int) -> None:
         optimizer.zero_grad()
 
 
-@pytest.mark.fault(
-    "numbers",
-    "a layer's relative error is 1 or more, so convergence is not proven",
-    sees="a warning; after two such refreshes in a row, `from step ... on, ... is exact`, and the metric "
-    "`celora/layers_made_exact`",
-    kept="training: the layer is exact from then on, also after a resume",
-)
 def test_an_estimate_that_stays_over_the_bound_is_given_up_for_good(tmp_path: Path) -> None:
     model = make_model()
     celora.attach(model, OVER)

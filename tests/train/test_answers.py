@@ -272,12 +272,6 @@ def built(given, output, **more):
     return words(trainer, trainer.train_dataset), eval_rows and words(trainer, trainer.eval_dataset), text
 
 
-@pytest.mark.fault(
-    "input",
-    "rows of `messages`, whose users' turns should not be learnt",
-    sees="`Learning 40 % of 14,000 tokens: the answers.` before the first step",
-    kept="the model learns what the assistant says; `--assistant_only_loss false` learns every token",
-)
 def test_a_run_learns_the_answers(inputs, tmp_path, monkeypatch):
     data = chats(tmp_path / "rows.jsonl", talk(1), [S("w9"), *talk(2)])
     seen = []
@@ -330,12 +324,6 @@ def test_what_is_cut_off_and_what_is_packed(more, expected, line, inputs, tmp_pa
     assert line in text
 
 
-@pytest.mark.fault(
-    "input",
-    "a conversation without a turn of the assistant",
-    sees="`rows.jsonl:2: no message is the assistant's, so there is nothing to learn`",
-    kept="everything: nothing is trained",
-)
 @pytest.mark.parametrize("asked", [{}, {"assistant_only_loss": True}])
 def test_a_row_without_an_answer_is_named(asked, inputs, tmp_path):
     data = chats(tmp_path / "rows.jsonl", talk(1), [S("w9"), U("w1")])
@@ -347,12 +335,6 @@ def test_a_row_without_an_answer_is_named(asked, inputs, tmp_path):
     assert len(load_rows(data, chat=True, cache_dir=tmp_path / "cache")) == 2
 
 
-@pytest.mark.fault(
-    "input",
-    "a chat template writes an answer differently if more turns follow, and does not mark answers",
-    sees="`row 2 of the training data: the chat template writes the answer messages[3] differently ...`",
-    kept="everything: nothing is trained on a guess",
-)
 @pytest.mark.parametrize("which", ["training", "evaluation"])
 def test_a_row_whose_answers_cannot_be_told_is_named(which, inputs, tmp_path):
     (tmp_path / "forgetful.jinja").write_text(FORGETFUL)

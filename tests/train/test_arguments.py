@@ -220,13 +220,6 @@ def test_what_json_cannot_hold_is_resumed_with(tmp_path):
     fails(["--max_grad_norm", "2"], "cannot change max_grad_norm (inf -> 2)", own=again)
 
 
-@pytest.mark.fault(
-    "input",
-    "a number that a setting cannot have: NaN, infinity, one with a hundred digits, a negative one where that means "
-    "nothing",
-    sees="`max_length=-5; expected a number >= 1`",
-    kept="everything: celora checks numbers before it loads anything",
-)
 @pytest.mark.parametrize(
     ("flag", "message"),
     [

@@ -155,12 +155,6 @@ def test_what_is_here_has_no_name_on_the_hub(tmp_path, monkeypatch):
     assert public_name("name") == ("name", False)
 
 
-@pytest.mark.fault(
-    "crash",
-    "the output folder has a README.md that the user wrote, and the run continues there",
-    sees="nothing",
-    kept="the user's file, unchanged; checkpoints have celora's card",
-)
 def test_a_card_of_one_s_own_is_kept(inputs, tmp_path):
     output = tmp_path / "out"
     small = {**inputs, "data": str(save_rows(tmp_path / "rows.jsonl", 8))}
@@ -185,12 +179,6 @@ def test_a_card_of_one_s_own_is_kept(inputs, tmp_path):
     assert table((output / CARD).read_text(encoding="utf-8"))["optimizer steps"].startswith("2 (")
 
 
-@pytest.mark.fault(
-    "crash",
-    "the output folder has a README.md that the user wrote, and the run is replaced with --overwrite",
-    sees="nothing",
-    kept="the user's file, unchanged",
-)
 def test_a_card_of_one_s_own_outlives_the_run(inputs, tmp_path):
     output = tmp_path / "out"
     go(inputs, output, max_steps=1)

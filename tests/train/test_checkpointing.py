@@ -123,13 +123,6 @@ def trainer_of(model: str, folder: Path, preset: str, **more: Any) -> Iterator[A
         yield trainer
 
 
-@pytest.mark.fault(
-    "numbers",
-    "rows have very different lengths, the shortest come first, and a batch of the longest needs the most memory",
-    sees="the memory of the largest batch: `Gradient checkpointing is off: a step keeps up to ... MiB for its "
-    "backward`",
-    kept="the run: celora turns checkpointing on if the largest batch would not fit, whatever the order of the rows",
-)
 @pytest.mark.parametrize("preset", ["off", "exact"])
 @pytest.mark.parametrize(
     "more",

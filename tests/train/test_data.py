@@ -115,12 +115,6 @@ def test_an_unchanged_file_is_not_read_again(tmp_path: Path) -> None:
 TEXT = {"text": "fine"}
 
 
-@pytest.mark.fault(
-    "input",
-    "a row with the same key twice, nested too deeply, with a NUL byte, or of another shape than the first row",
-    sees="the file, the line and what is wrong with the row",
-    kept="everything: no row is left out or guessed at",
-)
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
@@ -179,12 +173,6 @@ def test_rows_that_are_refused(tmp_path: Path, load: Load, rows: list[Any], mess
     assert str(path) in str(caught.value)
 
 
-@pytest.mark.fault(
-    "crash",
-    "the disk for the cached rows is full or read-only",
-    sees="`cannot keep the rows of ... in ...`, and the advice to set HF_DATASETS_CACHE to another folder",
-    kept="everything: nothing is trained",
-)
 @pytest.mark.parametrize("what", ["full", "no folder"])
 def test_no_place_to_keep_the_rows(tmp_path: Path, what: str) -> None:
     resource = pytest.importorskip("resource")

@@ -15,12 +15,6 @@ from runs import go
 from tiny import TEMPLATE, save_rows
 
 
-@pytest.mark.fault(
-    "crash",
-    "data, model, tokenizer, chat template or evaluation rows changed under the same name before --resume",
-    sees="`the data in ... is not what the run was started with; put it back or start a new run`",
-    kept="the run; `--resume` continues once the files are back, even as copies with other dates",
-)
 def test_nothing_that_was_changed_under_the_same_name_is_resumed_with(inputs, tmp_path):
     model, data, rows = tmp_path / "model", tmp_path / "rows.jsonl", tmp_path / "held-out.jsonl"
     template = tmp_path / "own.jinja"

@@ -78,12 +78,6 @@ def test_a_link_to_nowhere_is_no_folder(tmp_path):
         OutputFolder(tmp_path / "out").check(resume=False, overwrite=False)
 
 
-@pytest.mark.fault(
-    "crash",
-    "a second run starts in the folder of a running one",
-    sees="an error that names the folder",
-    kept="the first run, undisturbed; a dead process does not lock the folder",
-)
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
 def test_one_run_at_a_time_and_the_dead_hold_nothing(folder):
     with subprocess.Popen([sys.executable, "-c", HOLD, str(folder.path / LOCK)], stdout=subprocess.PIPE) as other:
@@ -105,12 +99,6 @@ def test_processes_of_one_run_share_its_lock(folder, monkeypatch):
             pass
 
 
-@pytest.mark.fault(
-    "crash",
-    "a run with --overwrite is killed at any moment before the new run has begun",
-    sees="`--resume` and a plain start find the earlier run",
-    kept="the earlier run, whole",
-)
 @pytest.mark.parametrize("moves", range(3))
 def test_a_killed_overwrite_gives_the_earlier_run_back(folder, moves, monkeypatch):
     checkpoint(folder, 3)
@@ -133,12 +121,6 @@ def test_a_killed_overwrite_gives_the_earlier_run_back(folder, moves, monkeypatc
     assert {*names(folder)} - {LOCK} == {*before}
 
 
-@pytest.mark.fault(
-    "crash",
-    "a run with --overwrite is killed while it removes the earlier one",
-    sees="`--resume` finds the new run",
-    kept="the new run, whole",
-)
 @pytest.mark.parametrize("removed", range(4))
 def test_a_killed_overwrite_does_not_mix_two_runs(folder, removed, monkeypatch):
     """The order is that of `clear`, which a file system may list in any order."""
@@ -270,12 +252,6 @@ def test_a_folder_that_is_only_read_counts_as_in_use(folder, number, monkeypatch
     assert folder.in_use()
 
 
-@pytest.mark.fault(
-    "crash",
-    "run.json is damaged",
-    sees="an error that names it, and says what works without it",
-    kept="the whole folder, untouched",
-)
 def test_a_damaged_record_is_said(folder):
     (folder.path / RUN).write_text('{"celora": ')
     for attempt in (folder.resumable, lambda: folder.check(resume=False, overwrite=True)):
@@ -283,12 +259,6 @@ def test_a_damaged_record_is_said(folder):
             attempt()
 
 
-@pytest.mark.fault(
-    "crash",
-    "a folder, or something in it, that the user may not list, search or change",
-    sees="`cannot write to --output ...`, and the part that is not allowed",
-    kept="everything",
-)
 @pytest.mark.parametrize(
     ("mode", "attempt"),
     [

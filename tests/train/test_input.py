@@ -68,12 +68,6 @@ ENTRIES = VALID | st.tuples(st.sampled_from(FIELDS), JUNK) | st.tuples(st.text(m
 OVERRIDES = st.dictionaries(TEXTS, st.dictionaries(st.sampled_from(list(LayerConfig.__dataclass_fields__)), JUNK))
 
 
-@pytest.mark.fault(
-    "input",
-    "a configuration with any values",
-    sees="the setting, what is allowed, and the nearest known name",
-    kept="everything: celora checks it before it loads anything",
-)
 @given(st.lists(ENTRIES | st.tuples(st.just("overrides"), OVERRIDES), max_size=4).map(dict))
 def test_configuration(values: dict[str, Any]) -> None:
     try:
@@ -132,12 +126,6 @@ def mutated_plans(draw: st.DrawFn) -> bytes:
     return content
 
 
-@pytest.mark.fault(
-    "input",
-    "a plan file with any change",
-    sees="the file, and what is wrong in it",
-    kept="everything: nothing is attached",
-)
 @given(mutated_plans())
 def test_plans(content: bytes) -> None:
     with tempfile.TemporaryDirectory() as folder:
@@ -176,12 +164,6 @@ ROWS = st.dictionaries(st.sampled_from(COLUMNS), st.text(min_size=1, max_size=9)
 FINE = st.fixed_dictionaries({"text": st.text(min_size=1, max_size=9)})
 
 
-@pytest.mark.fault(
-    "input",
-    "rows with any columns and values, also of mixed shapes",
-    sees="the file, the line and what is wrong with the row",
-    kept="everything: no row is left out or guessed at",
-)
 @pytest.mark.usefixtures("_no_bars")
 @given(st.lists(ROWS | FINE | JUNK, max_size=4), st.sampled_from([".jsonl", ".json"]), st.booleans())
 def test_rows(rows: list[Any], suffix: str, chat: bool) -> None:
@@ -278,12 +260,6 @@ def _no_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path / "a" / "b" / "c")
 
 
-@pytest.mark.fault(
-    "input",
-    "flags and a YAML file with any names and values, for any command",
-    sees="one line and exit status 2",
-    kept="everything: celora checks flags before it loads anything",
-)
 @pytest.mark.usefixtures("_no_work")
 @given(
     CALLS,

@@ -17,12 +17,6 @@ from celora.train.run import train
 from runs import PressCtrlC, adapter, go, on_build
 
 
-@pytest.mark.fault(
-    "crash",
-    "Ctrl-C",
-    sees="`Stopping after this step`, then the command that continues; exit status 130",
-    kept="everything: a checkpoint is saved, and the resumed run ends with bit-identical parameters",
-)
 def test_ctrl_c_then_resume_equals_uninterrupted(finished, inputs, tmp_path, monkeypatch):
     output = tmp_path / "out"
     with monkeypatch.context() as patch:
@@ -61,12 +55,6 @@ def _with_a_terminal() -> Iterator[None]:
         signal.signal(number, handler)
 
 
-@pytest.mark.fault(
-    "crash",
-    "SIGTERM: a container or a cluster ends the run; SIGHUP: its terminal is closed",
-    sees="as Ctrl-C; a second one ends the run at once",
-    kept="everything: a checkpoint is saved",
-)
 @pytest.mark.parametrize("number", ENDS)
 def test_what_ends_a_run_from_outside_leaves_its_checkpoint(number, inputs, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:

@@ -17,12 +17,6 @@ from celora.train.request.arguments import make_request, parse
 from tiny import save_tiny_model
 
 
-@pytest.mark.fault(
-    "input",
-    "a file of a model, a tokenizer or an adapter holds something else",
-    sees="one line: which of the three cannot be loaded, from where, and why",
-    kept="everything: celora loads before it writes",
-)
 @pytest.mark.parametrize(
     ("load", "file", "change", "message"),
     [
@@ -60,12 +54,6 @@ def test_an_adapter_that_is_none(config, message, inputs, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.fault(
-    "input",
-    "an adapter that was trained on a model with fewer or more blocks",
-    sees="`the adapter in ... has weights for 4 layers, and the model has 6 for it`, and the name of one layer",
-    kept="everything: nothing is loaded or exported",
-)
 @pytest.mark.filterwarnings("ignore:Found missing adapter keys")
 @pytest.mark.parametrize(
     ("blocks", "message"),

@@ -49,12 +49,6 @@ def test_folder(tmp_path: Path, load: Load) -> None:
         load(folder, split="dev-set")
 
 
-@pytest.mark.fault(
-    "security",
-    "a link in a data folder that leads out of the folder",
-    sees="the link, and what to do",
-    kept="everything: celora does not read the link's target",
-)
 def test_links_out_of_a_data_folder(tmp_path: Path, load: Load) -> None:
     elsewhere, folder = write(tmp_path / "rows.jsonl", {"text": "a"}), tmp_path / "data"
     folder.mkdir()
@@ -152,12 +146,6 @@ def test_a_test_set_of_any_name_is_not_trained_on(tmp_path: Path, load: Load) ->
         load(tmp_path)
 
 
-@pytest.mark.fault(
-    "input",
-    "a compressed file among the data files of a folder",
-    sees="the file, and that it is to be unpacked or moved away",
-    kept="everything: no row is left out",
-)
 def test_a_compressed_file_is_not_left_out(tmp_path: Path, load: Load) -> None:
     for name in ("train-1.jsonl", "test.jsonl"):
         write(tmp_path / name, TEXT)

@@ -183,12 +183,6 @@ def test_a_handler_of_a_signal_loses_its_line_while_another_is_written(monkeypat
     os.close(reader)
 
 
-@pytest.mark.fault(
-    "crash",
-    "the disk of the log is full, or whatever reads the progress lines has ended",
-    sees="nothing more",
-    kept="everything: the run goes on and is saved",
-)
 @pytest.mark.parametrize("terminal", [False, True])
 def test_a_line_that_cannot_be_written_ends_no_run(terminal, inputs, tmp_path, monkeypatch):
     monkeypatch.setattr(progress, "PLAIN_EVERY_S", 0.0)

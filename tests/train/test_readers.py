@@ -21,12 +21,6 @@ from rowfiles import Load, write
 TEXT = {"text": "fine"}
 
 
-@pytest.mark.fault(
-    "input",
-    "a data file in another encoding, cut short, or of another format than its name says",
-    sees="the file, the line and the column; what to do",
-    kept="everything: nothing is decoded by guess",
-)
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -64,12 +58,6 @@ NOT_UTF8 = pyarrow.Array.from_buffers(
 )
 
 
-@pytest.mark.fault(
-    "input",
-    "a Parquet file with a flipped bit, or with a text or a date that cannot be read",
-    sees="`not readable as Parquet`, the file and why",
-    kept="everything: nothing is decoded by guess",
-)
 @pytest.mark.parametrize("damage", ["a flipped bit", "not UTF-8", "the year 10000"])
 def test_damaged_parquet(tmp_path: Path, load: Load, damage: str) -> None:
     path = tmp_path / "data.parquet"
@@ -122,12 +110,6 @@ HOSTILE = [
 ]
 
 
-@pytest.mark.fault(
-    "input",
-    "formulas, HTML, templates or paths in every field of the data",
-    sees="nothing: it is text",
-    kept="every character",
-)
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
 def test_hostile_text_is_text(tmp_path: Path, load: Load, suffix: str) -> None:
     rows = [{"prompt": text, "completion": text} for text in HOSTILE]
@@ -144,9 +126,6 @@ def test_hostile_text_is_text(tmp_path: Path, load: Load, suffix: str) -> None:
     assert load(path) == rows
 
 
-@pytest.mark.fault(
-    "input", "a line of 100 MB", sees="nothing, or what is wrong with it in one short line", kept="the whole text"
-)
 @pytest.mark.parametrize("megabytes", [20, pytest.param(100, marks=pytest.mark.slow)])
 def test_a_huge_line(tmp_path: Path, load: Load, megabytes: int) -> None:
     text = "word " * (megabytes * 200_000)

@@ -30,12 +30,6 @@ def test_self_contained_responsive_and_dark(tmp_path):
 
 
 @DAMAGED
-@pytest.mark.fault(
-    "security",
-    "HTML or script in a name, a value or a text that the report shows",
-    sees="the text, as text",
-    kept="the report: the text stays in its place, and no script runs",
-)
 def test_text_from_data_is_escaped(tmp_path):
     evil = EVIL + REFRESH
     run = hostile_run(tmp_path, evil)
@@ -129,12 +123,6 @@ def test_in_a_real_browser(width, tmp_path):
     assert found["width"] <= max(width, 500)  # headless Chromium is never narrower than 500
 
 
-@pytest.mark.fault(
-    "security",
-    "hostile text gets into report.html unescaped",
-    sees="the report, as always",
-    kept="the report's content-security policy: no foreign script runs, nothing is loaded or sent",
-)
 @in_a_browser
 def test_the_policy_holds_where_escaping_would_fail(tmp_path):
     write_report(tmp_path / "r.html", {"run": run_folder(tmp_path)}, title="plain")

@@ -20,12 +20,6 @@ from celora.train.run import train
 from runs import CELORA, SHORT, PressCtrlC, adapter, go, on_build
 
 
-@pytest.mark.fault(
-    "crash",
-    "killed while a checkpoint is being written",
-    sees="`checkpoint-5 was not saved to its end.`, then `Resuming from checkpoint-3.`",
-    kept="the checkpoint before it; celora skips the unfinished one",
-)
 def test_an_incomplete_checkpoint_is_passed_over(finished, inputs, tmp_path):
     output = tmp_path / "out"
     go(inputs, output, max_steps=3)
@@ -43,12 +37,6 @@ def test_resume_of_a_finished_run_says_so(finished):
     assert "is finished, at step 6" in console.file.getvalue()
 
 
-@pytest.mark.fault(
-    "crash",
-    "a queue or a supervisor repeats the same command with `--resume` at every start, even before there is a run",
-    sees="`No run in out to resume: starting a new one.`; later `Resuming from checkpoint-3.`",
-    kept="everything: the first start trains, the next one continues, and the last one says that the run is finished",
-)
 def test_a_job_that_always_says_resume(inputs, finished, tmp_path, monkeypatch):
     output = tmp_path / "not yet" / "out"
     flags = ["--celora", json.dumps(CELORA), "--max_steps", "6", "--save_steps", "3", "--lora_dropout", "0.1"]
@@ -78,12 +66,6 @@ def test_a_job_that_always_says_resume(inputs, finished, tmp_path, monkeypatch):
         train(parse(flags, own | {"output": str(tmp_path / "mine")}))
 
 
-@pytest.mark.fault(
-    "crash",
-    "the run is killed after the last step, before the report is written; or the finished run loses a file",
-    sees="`out is finished, at step 6`, and which file is written again",
-    kept="everything: `--resume` writes the report, and takes the adapter's files from the last checkpoint",
-)
 def test_resume_of_a_finished_run_writes_what_is_missing(finished, tmp_path):
     output = shutil.copytree(finished[0], tmp_path / "out")
     record = json.loads((output / "run.json").read_text())
@@ -147,12 +129,6 @@ def test_resume_never_goes_back(inputs, tmp_path):
     assert all(torch.equal(before[name], value) for name, value in adapter(output).items())
 
 
-@pytest.mark.fault(
-    "crash",
-    "a run with --overwrite fails before its first step",
-    sees="the error that made it fail",
-    kept="the earlier run, whole",
-)
 def test_an_overwrite_that_fails_before_its_first_step_brings_the_run_back(inputs, tmp_path, monkeypatch):
     output = tmp_path / "out"
     go(inputs, output, max_steps=3)
@@ -169,12 +145,6 @@ def test_an_overwrite_that_fails_before_its_first_step_brings_the_run_back(input
     assert json.loads((output / "run.json").read_text())["status"] == "finished"
 
 
-@pytest.mark.fault(
-    "crash",
-    "Ctrl-C twice before a run with `--overwrite` has finished its first step",
-    sees="the shell's prompt",
-    kept="the earlier run, whole",
-)
 def test_an_overwrite_that_is_interrupted_before_its_first_step_brings_the_run_back(inputs, tmp_path, monkeypatch):
     output = tmp_path / "out"
     go(inputs, output, max_steps=1)
@@ -264,12 +234,6 @@ def test_special_tokens_are_resumed_with_and_secrets_are_not_written_down(inputs
         parse(["--eos_token", "<unk>"], own)
 
 
-@pytest.mark.fault(
-    "crash",
-    "run.json edited by hand",
-    sees="`run.json is not what a run wrote`, and what is wrong in it",
-    kept="the whole folder, untouched",
-)
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -85,12 +85,6 @@ def test_the_best_of_its_checkpoints_is_what_is_left(inputs, tmp_path):
         assert value.equal(found[name])
 
 
-@pytest.mark.fault(
-    "crash",
-    "Ctrl-C in a run with `--load_best_model_at_end` and `--save_total_limit 1`",
-    sees="`Saved checkpoint-5; continue with: ...`",
-    kept="the best checkpoint and the newest one",
-)
 def test_ctrl_c_keeps_the_newest_checkpoint_beside_the_best(inputs, tmp_path, monkeypatch):
     best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
     on_build(monkeypatch, lambda trainer: trainer.add_callback(PressCtrlC(4)))
@@ -128,12 +122,6 @@ def test_a_loss_that_is_no_number_is_shown(inputs, tmp_path):
     assert losses[-1] is None
 
 
-@pytest.mark.fault(
-    "crash",
-    "the output folder holds files that are not celora's",
-    sees="an error that names some of them",
-    kept="all of them, also with --overwrite",
-)
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_foreign_folder_is_left_alone(inputs, tmp_path, overwrite):
     (tmp_path / "thesis.tex").write_text("years")
@@ -198,12 +186,6 @@ def test_bad_runs_are_one_line(inputs, tmp_path, change, message):
     assert not (tmp_path / "out" / "run.json").exists()
 
 
-@pytest.mark.fault(
-    "numbers",
-    "training diverges until the adapter holds NaN or infinity",
-    sees="`the run stopped: at step 6 ... holds NaN or infinity, so nothing is saved`, and which checkpoint is whole",
-    kept="the checkpoints from before; celora never saves an adapter with NaN or infinity",
-)
 @pytest.mark.filterwarnings("ignore:celora. a gradient of .* is not finite")
 def test_an_adapter_that_is_not_finite_is_not_saved(inputs, tmp_path, monkeypatch):
     class Diverge(TrainerCallback):

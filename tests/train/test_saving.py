@@ -67,12 +67,6 @@ def unlimited():
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.fault(
-    "crash",
-    "the disk is full while a checkpoint or the metrics are written",
-    sees="`error: the run stopped: ...`, the file, and the last whole checkpoint",
-    kept="that checkpoint; once there is room, `--resume` ends with bit-identical parameters",
-)
 @pytest.mark.parametrize("too_large", ["metrics.jsonl", "adapter_model.safetensors", "optimizer.pt"])
 def test_a_full_disk_stops_the_run_and_resume_goes_on(too_large, inputs, whole, tmp_path, monkeypatch, unlimited):
     output = tmp_path / "out"
@@ -144,14 +138,6 @@ def cut(file):
     file.write_bytes(file.read_bytes()[:-7])
 
 
-@pytest.mark.fault(
-    "crash",
-    "a file of a checkpoint is cut short, missing or has a flipped bit",
-    sees="`checkpoint-4 is damaged: optimizer.pt is not what was saved (its checksum differs).`, then `Resuming from "
-    "checkpoint-2.`",
-    kept="the last whole checkpoint; celora moves the damaged one out of the way; the resumed run ends bit-identical "
-    "to an uninterrupted one",
-)
 @pytest.mark.parametrize(
     ("name", "damage"),
     [("optimizer.pt", flip), ("adapter_model.safetensors", cut), ("trainer_state.json", os.unlink), (MANIFEST, flip)],
@@ -168,12 +154,6 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(name, damage, in
     assert (output / "checkpoint-4.damaged").is_dir()
 
 
-@pytest.mark.fault(
-    "crash",
-    "every checkpoint is damaged",
-    sees="each is named, then `Resuming from the beginning: there is no checkpoint to go on from.`",
-    kept="the run's configuration; the run ends bit-identical to an uninterrupted one",
-)
 def test_without_a_whole_checkpoint_the_run_begins_again(inputs, whole, tmp_path):
     output = tmp_path / "out"
     interrupted(inputs, output)
@@ -200,12 +180,6 @@ def interrupted(inputs, output):
             go(inputs, output, save_steps=2)
 
 
-@pytest.mark.fault(
-    "crash",
-    "the output folder cannot be written to",
-    sees="`error: cannot write to --output ...`, before anything is trained",
-    kept="everything",
-)
 @pytest.mark.parametrize("where", ["no such place", "read-only"])
 def test_a_folder_that_cannot_be_written_to(where):
     with public_folder() as folder:
@@ -346,12 +320,6 @@ def test_only_the_finished_adapter_is_uploaded(inputs, tmp_path, monkeypatch):
         go(inputs, output, hub_strategy="every_save", push_to_hub=True)
 
 
-@pytest.mark.fault(
-    "crash",
-    "a line in the middle of metrics.jsonl is damaged",
-    sees="a warning that names the line",
-    kept="all other rows",
-)
 def test_damaged_metrics_are_said(tmp_path):
     file = tmp_path / "metrics.jsonl"
     file.write_bytes(b'{"step": 1}\n{"st\xffep": 2}\n[3]\n{"step": 4}\n{"ste')

@@ -28,12 +28,6 @@ def rows(path, *conversations):
     return str(path)
 
 
-@pytest.mark.fault(
-    "input",
-    "a row that the model's chat template refuses: a system message, roles that do not alternate",
-    sees="`the chat template refuses row 3 of the training data: System role not supported`",
-    kept="everything: nothing is trained",
-)
 @pytest.mark.parametrize(
     ("refused", "message"),
     [
@@ -64,12 +58,6 @@ def test_prompts_are_rendered_as_for_training(inputs):
     assert (number, type(error)) == (1, ZeroDivisionError)
 
 
-@pytest.mark.fault(
-    "input",
-    "a chat template that is empty",
-    sees="nothing, or `the rows are chats, and the model's tokenizer has no chat template`",
-    kept="rows of text train as without a template",
-)
 @pytest.mark.parametrize("empty", ["", " \n"])
 def test_an_empty_template_is_none(empty, inputs, tmp_path):
     """It would render every chat as nothing. Rows of text train as they do without a template."""
@@ -93,12 +81,6 @@ OF_PARTS = (
 )
 
 
-@pytest.mark.fault(
-    "input",
-    "a chat template that leaves out what messages say, as one made for content as a list of parts",
-    sees="`the chat template leaves out what messages say, ...`, and what to write where",
-    kept="everything: nothing is trained, and no empty question is asked",
-)
 @pytest.mark.parametrize("rows_of", ["messages", "instruction"])
 def test_a_template_without_text_is_refused(rows_of, inputs, tmp_path):
     (tmp_path / "parts.jinja").write_text(OF_PARTS)

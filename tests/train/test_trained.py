@@ -147,12 +147,6 @@ def test_what_is_no_finished_adapter_is_refused(folder, tmp_path):
         adapter_config(tmp_path)
 
 
-@pytest.mark.fault(
-    "crash",
-    "a finished run is continued and stopped, and then used by `chat`, `generate` or `export`",
-    sees="the step of the adapter that is used, and the newest checkpoint",
-    kept="both",
-)
 def test_a_run_that_was_continued_and_not_finished_says_so(inputs, tmp_path, capsys):
     """Its folder still holds the adapter of its earlier end."""
     output = tmp_path / "out"

@@ -21,12 +21,6 @@ def rows(path, lengths, **more):
     return {"data": str(path), "max_steps": 1, "save_strategy": "no", **more}
 
 
-@pytest.mark.fault(
-    "input",
-    "conversations longer than --max_length",
-    sees="how many rows and tokens are cut off, and how many rows have nothing left to learn; also with --quiet",
-    kept="what fits; a larger `--max_length` keeps more",
-)
 def test_what_does_not_fit_is_counted(inputs, tmp_path):
     given = rows(tmp_path / "rows.jsonl", [8, 9, 10, 15, 8], max_length=8, quiet=True)
     _, text = go({**inputs, **given}, tmp_path / "out")
@@ -60,12 +54,6 @@ def test_rows_to_evaluate_on_are_counted_for_themselves(inputs, tmp_path):
         go({**inputs, **given}, tmp_path / "b", eval_data=test)
 
 
-@pytest.mark.fault(
-    "input",
-    "conversations longer than the positions that a model was made for",
-    sees="how many rows are; also with --quiet",
-    kept="all of them; a smaller `--max_length` cuts them",
-)
 def test_rows_beyond_the_model_s_positions_are_counted(inputs, tmp_path):
     config = Path(inputs["model"]) / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 9}))

@@ -52,12 +52,6 @@ def test_launch_settings_in_a_file(tmp_path, monkeypatch):
     assert parse([], own).model == "m"
 
 
-@pytest.mark.fault(
-    "input",
-    "a key that comes twice, or under two names, in a configuration file, a plan or a run's record",
-    sees="`the key 'max_steps' comes twice`, and where",
-    kept="everything: celora does not choose one of the two values",
-)
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -91,13 +85,6 @@ def test_the_environment_of_a_file(tmp_path, monkeypatch):
         set_environment(write(tmp_path / "bad.yaml", "env: [1]"))
 
 
-@pytest.mark.fault(
-    "security",
-    "`env` in a configuration file sets variables that decide which code runs or where data goes: PATH, HF_ENDPOINT, "
-    "...",
-    sees="`'PATH' is not set from a file`, and the advice to set it in the shell",
-    kept="everything: the environment is unchanged, and nothing is loaded",
-)
 @pytest.mark.parametrize(
     ("text", "words"),
     [

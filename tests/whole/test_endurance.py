@@ -71,12 +71,6 @@ class _Stop(BaseException):
     """Like KeyboardInterrupt: no handler for exceptions catches it."""
 
 
-@pytest.mark.fault(
-    "numbers",
-    "audit or plan is interrupted, or fails, at any moment",
-    sees="the interruption or the error itself",
-    kept="the model: hooks, modes, parameters, gradients and random numbers are as before",
-)
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, _Stop])
 @pytest.mark.parametrize("attached", [None, "exact", "paper"])
 @pytest.mark.parametrize("what", ["audit", "plan"])
@@ -150,12 +144,6 @@ def test_detaching_after_an_interrupted_forward_leaves_the_adapter_on(model: Pef
     assert tuner.cast_input_dtype_enabled
 
 
-@pytest.mark.fault(
-    "numbers",
-    "audit or plan on a batch whose loss or gradient is not finite",
-    sees="one line that says whether it is the loss or the gradient",
-    kept="the model; celora makes no report from such numbers",
-)
 @pytest.mark.parametrize("how", ["loss", "gradient"])
 def test_what_is_not_finite_cannot_be_judged(model: PeftModel, how: str) -> None:
     """One line, instead of a plan or a report full of NaN."""

@@ -65,13 +65,6 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     return run(tmp_path_factory.mktemp("killed"), CASES, 600)
 
 
-@pytest.mark.fault(
-    "crash",
-    "SIGKILL or a power cut at any moment",
-    sees="nothing at the time; `--resume` says from which checkpoint it continues",
-    kept="everything up to the last whole checkpoint; the resumed run ends bit-identical to an uninterrupted one, "
-    "also with accumulation or gradient checkpointing",
-)
 def test_killed_at_seeded_moments(results):
     *each, always = same(results[: len(EACH_MODE) + 1])
     assert [one["kills"] for one in each] == [1, 2] * len(ALONE)
@@ -97,23 +90,10 @@ def test_killed_at_fifty_random_moments(tmp_path):
     assert sum(one["kills"] > 0 for one in results) >= 45  # some moments, measured in seconds, come after the end
 
 
-@pytest.mark.fault(
-    "crash",
-    "one of several processes is killed at any moment: in a step, or while a checkpoint is written",
-    sees="`process 1 of 2 lost contact with the others`, and the advice to use --resume; the launcher ends the job",
-    kept="everything up to the last checkpoint that every process has finished; the resumed run ends bit-identical to "
-    "an uninterrupted one, also if each process selects for itself",
-)
 def test_one_of_two_killed_at_seeded_moments(results):
     assert same(results[-2:-1])[0]["kills"] == 2
 
 
-@pytest.mark.fault(
-    "crash",
-    "several processes: the disk is full for one of them, or another run has locked their folder",
-    sees="one line from the process that found it, exit status 2; no process waits for one that has ended",
-    kept="the last whole checkpoint; once there is room, `--resume` ends with bit-identical parameters",
-)
 def test_what_stops_one_of_two_stops_both(results):
     (stopped,) = same(results[-1:])
     assert (stopped["ended"], stopped["moves"] > 1) == ([2, 2, 2], True)

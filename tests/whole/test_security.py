@@ -64,12 +64,6 @@ def test_the_source_runs_no_code_that_it_reads():
                 assert name != "torch.load" or keywords.get("weights_only") == "True", file
 
 
-@pytest.mark.fault(
-    "security",
-    "trust_remote_code, from a flag or a file",
-    sees="`trust_remote_code=True is refused`",
-    kept="everything: no code that comes with a model runs",
-)
 def test_code_of_models_never_runs(inputs, tmp_path):
     given = {"model": "m", "data": "d", "output": "o"}
     with pytest.raises(CELoraError, match=r"trust_remote_code.* is refused"):
@@ -80,12 +74,6 @@ def test_code_of_models_never_runs(inputs, tmp_path):
         parse(["--model_init_kwargs", '{"trust_remote_code": true}'], given)
 
 
-@pytest.mark.fault(
-    "security",
-    "a model or its tokenizer brings code, and somebody would answer `y`",
-    sees="one line that names it; celora asks nothing",
-    kept="everything: the code does not run",
-)
 @pytest.mark.parametrize("where", ["tokenizer", "model"])
 def test_nobody_is_asked_whether_code_may_run(where, inputs, tmp_path, monkeypatch):
     folder = shutil.copytree(inputs["model"], tmp_path / "model")
@@ -108,12 +96,6 @@ def test_nobody_is_asked_whether_code_may_run(where, inputs, tmp_path, monkeypat
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.fault(
-    "security",
-    "model_init_kwargs that would unpickle weights, run kernels from the hub or send requests elsewhere",
-    sees="`unknown name in model_init_kwargs 'weights_only'`, and the known names",
-    kept="everything: celora passes on only what sets up the model",
-)
 @pytest.mark.parametrize(
     "init",
     [
@@ -142,12 +124,6 @@ def test_what_transformers_says_of_model_init_kwargs_is_one_line(inputs):
         assert "\n" not in str(caught.value)
 
 
-@pytest.mark.fault(
-    "security",
-    "a configuration file with code, or one that would expand to billions of values",
-    sees="`... is not valid YAML`, or how large it is",
-    kept="everything: celora reads YAML as data, within bounds",
-)
 @pytest.mark.parametrize(
     "text",
     [
@@ -172,12 +148,6 @@ def test_configuration_files_are_data(text, tmp_path, monkeypatch):
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.fault(
-    "security",
-    "a pickle where weights, a checkpoint's state or data are expected",
-    sees="one line that names the file",
-    kept="everything: nothing is unpickled",
-)
 def test_pickles_are_not_unpickled(inputs, tmp_path, monkeypatch):
     ran = tmp_path / "ran"
     payload = pickle.dumps(Boom(ran))
@@ -256,12 +226,6 @@ def test_a_manifest_opens_nothing_outside_its_folder(tmp_path):
         read_manifest(folder)
 
 
-@pytest.mark.fault(
-    "security",
-    "a link in the output folder that points elsewhere",
-    sees="nothing: celora ignores the link",
-    kept="the link's target: nothing is removed or resumed through the link",
-)
 def test_links_are_not_followed_out_of_the_folder(tmp_path):
     outside, folder = tmp_path / "outside", tmp_path / "out"
     outside.mkdir()
@@ -281,12 +245,6 @@ def test_links_are_not_followed_out_of_the_folder(tmp_path):
     assert (folder / "checkpoint-9").is_symlink()
 
 
-@pytest.mark.fault(
-    "security",
-    "a link in the output folder with a name that a run writes: README.md, .replaced, the lock, ...",
-    sees="`'README.md' in --output ... is a link, and a run would write through it`",
-    kept="the link's target",
-)
 @pytest.mark.parametrize("name", ["README.md", ".replaced", "_celora.lock", ".adapter.tmp", "metrics.jsonl", RUN])
 def test_no_run_writes_through_a_link(name, inputs, tmp_path):
     outside, folder = tmp_path / "outside", tmp_path / "out"

@@ -2,8 +2,8 @@
 
 A refresh measures the relative error. If it is above `most_error`, a layer that keeps the rule's share becomes exact.
 The head goes from a tenth of the words to three tenths, and then to exact. Other shares are a user's, and stay. Nothing
-goes down: keeping less would save little and cost learning (docs/develop/log/plans.md). Processes that train together
-make the same moves, by the largest error of any of them. Source: ours.
+goes down: keeping less would save little and cost learning (docs/develop/what-did-not-work.md). Processes that train
+together make the same moves, by the largest error of any of them. Source: ours.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from celora.errors import CELoraError, unknown
 from celora.settings.config import LAYER_FIELDS, CELoraConfig
 
 # The backward of presets `auto` and `fast`: in every layer 8-bit products of the tokens that carry 0.9997 of the
-# gradient's energy, and a tenth of the words for the head (docs/develop/log/plans.md).
+# gradient's energy, and a tenth of the words for the head.
 _BACKWARD: Mapping[str, Any] = {
     "estimator": "tokens",
     "selection": "energy",
