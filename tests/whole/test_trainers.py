@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, inject_adapter_in_model
 from transformers import (
     AutoTokenizer,
     LlamaForCausalLM,
     Trainer,
+    TrainerCallback,
 )
 from transformers import TrainingArguments as Arguments
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
@@ -69,6 +70,46 @@ def test_sft_trainer_logs_the_same(changes: dict[str, Any], tmp_path: Path) -> N
             if not any(word in key for word in ("runtime", "per_second", "flos")):
                 assert found[key] == pytest.approx(expected[key], rel=2e-5, abs=1e-6), key
     assert require(model).forward.logits == head.Logits()  # celora has taken over the head
+
+
+class Attaching(TrainerCallback):
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        celora.attach(model, "exact")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("late", [False, True])
+def test_an_adapter_in_the_model_itself_is_served_as_one_around_it(late: bool, tmp_path: Path) -> None:
+    """With bf16=True accelerate wraps the forward that TRL has fused with the loss."""
+    save_tiny_model(tmp_path / "model")
+    said, heads, losses = [], [], []
+    for way in ("around", "injected"):
+        model = LlamaForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+        config = LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")
+        torch.manual_seed(0)
+        if way == "injected":
+            inject_adapter_in_model(config, model)
+        trainer = SFTTrainer(
+            model,
+            args=SFTConfig(
+                str(tmp_path / "out"), max_steps=2, logging_steps=1, per_device_train_batch_size=2, report_to="none",
+                use_cpu=True, bf16=True, save_strategy="no", disable_tqdm=True, dataloader_pin_memory=False,
+            ),
+            train_dataset=Dataset.from_list([{"prompt": f"w{i} w{i + 1}", "completion": " w3"} for i in range(8)]),
+            processing_class=AutoTokenizer.from_pretrained(tmp_path / "model"),
+            peft_config=config if way == "around" else None,
+        )  # fmt: skip
+        if late:
+            trainer.add_callback(Attaching())
+        else:
+            celora.attach(trainer.model, "exact")
+        trainer.train()
+        said.append(str(require(trainer.model).report).replace("base_model.model.", ""))
+        heads.append(require(trainer.model).forward.logits)
+        losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
+    assert heads == [head.Logits()] * 2
+    assert said[1] == said[0]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
 def test_trl_is_only_served_what_is_computed() -> None:

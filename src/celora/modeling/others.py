@@ -18,6 +18,8 @@ from celora.numerics.head import Logits
 # The outputs of TRL's fused head that celora computes.
 _TRL_FIELDS = {"log_probs", "entropy", "is_top1", "mean_logits"}
 _TRAINERS = ("transformers", "trl")
+# Modules of the wrappers that accelerate puts around a forward. `functools.wraps` names them after what they wrap.
+_WRAPPERS = {"accelerate.hooks", "accelerate.utils.operations", "torch.amp.autocast_mode"}
 # Variables in the closure of TRL's fused head (`trl.trainer.utils.add_fused_lm_head`): its outputs and settings.
 _TRL_SETTINGS = {"outputs", "temperature", "cast_lm_head_to_fp32", "final_logit_softcapping", "logit_scale"}
 
@@ -43,10 +45,16 @@ class FusedHead:
 
 
 def function_of(forward: Any) -> Any:
-    """The function inside a method or a partial. It looks through `functools.wraps`."""
-    while isinstance(forward, functools.partial):
-        forward = forward.func
-    return getattr(forward, "__func__", forward)
+    """The function inside a method, a partial, and what accelerate wraps around a forward: hooks, and autocast."""
+    while True:
+        if isinstance(forward, functools.partial):
+            forward = forward.func
+        elif hasattr(forward, "__func__"):
+            forward = forward.__func__
+        elif hasattr(forward, "__wrapped__") and {_written_in(forward), type(forward).__module__} & _WRAPPERS:
+            forward = forward.__wrapped__
+        else:
+            return forward
 
 
 def name_of(function: Any) -> str:
@@ -64,10 +72,11 @@ def _written_in(function: Any) -> str:
 def replaced(module: nn.Module) -> str:
     """What has replaced the forward of this module; '' if nothing. accelerate does not count: it calls the original."""
     forward = vars(module).get("forward")
-    if forward is None:
+    found = function_of(forward)
+    if forward is None or found is type(module).forward:
         return ""
-    found = name_of(function_of(forward))
-    return "" if found.partition(".")[0] == "accelerate" else found  # it casts, or moves tensors between devices
+    name = name_of(found)
+    return "" if name.partition(".")[0] == "accelerate" else name  # it casts, or moves tensors between devices
 
 
 def is_split(module: nn.Module) -> bool:
