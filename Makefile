@@ -54,7 +54,7 @@ NUMERICS := tests/test_attaching.py tests/weights tests/kernels tests/numerics t
 # make test-plain LIMITS="ONEDNN_MAX_CPU_ISA=AVX512_CORE".
 LIMITS ?= ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 CELORA_KERNELS=0
 # What these limits do not touch: Triton's interpreter, the assembler, how weights are read, when graphs are made anew.
-AS_THERE := $(addprefix --deselect=tests/,kernels/test_jitted.py kernels/test_offline.py weights \
+AS_THERE := $(addprefix --deselect=tests/,kernels/test_jitted.py weights \
 	$(addprefix whole/test_compile.py::test_,inductor refreshes_that_take_turns a_compiled_decoder))
 
 test-plain: $(TEST)

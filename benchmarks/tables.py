@@ -10,18 +10,16 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import benchmarks.gradient.tables as gradient
 import benchmarks.kernels.tables as kernels
 import benchmarks.learning.tables as learning
 import benchmarks.scale.tables as scale
 import benchmarks.steps.tables as steps
 
 ROOT = Path(__file__).parents[1]
-TABLES = kernels.TABLES | gradient.TABLES | steps.TABLES | learning.TABLES | scale.TABLES
+TABLES = kernels.TABLES | steps.TABLES | learning.TABLES | scale.TABLES
 VALUES = steps.VALUES | learning.VALUES
 PICTURES = {
-    ROOT / "docs" / "measured" / name: picture
-    for name, picture in (gradient.PICTURES | steps.PICTURES | learning.PICTURES).items()
+    ROOT / "docs" / "measured" / name: picture for name, picture in (steps.PICTURES | learning.PICTURES).items()
 }
 
 

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks import rows
-from benchmarks.kernels.roofline import MODELS, Llama
 from celora.errors import first_line, out_of_memory
 from celora.kernels import floats
 from celora.kernels.backends import torch_alone
@@ -28,7 +27,9 @@ from celora.machine.memory import available_memory
 from celora.machine.timing import interleaved
 from celora.modeling import varlen
 from celora.modeling.attention import attention
+from celora.studies.cells import LLAMAS, Llama
 
+MODELS = {name.removeprefix("llama-").upper(): shape for name, shape in LLAMAS.items()}
 ROWS = Path(__file__).with_name("gpu.jsonl")
 TOKENS, REPEATS = 4096, 20
 ATTENTION = "attention of packed sequences"

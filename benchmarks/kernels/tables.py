@@ -2,58 +2,25 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from benchmarks import rows
-from benchmarks.kernels import gpu, offline, roofline
+from benchmarks.kernels import gpu
 
 HERE = Path(__file__).parent
 
 
 def estimators() -> str:
     """Time of each estimate over the dense product, by shape."""
-    return _estimators(amx=False)
-
-
-def with_amx() -> str:
-    """The same on a CPU with matrix instructions."""
-    return _estimators(amx=True)
-
-
-def _estimators(*, amx: bool) -> str:
-    found = rows.select(HERE / "estimators.jsonl", amx=amx, dtype="bfloat16")
+    found = rows.select(HERE / "estimators.jsonl", amx=False, dtype="bfloat16")
     names = [name for name in dict.fromkeys(row["estimator"] for row in found) if name != "dense"]
     shapes = [f"{out} x {inp}" for out, inp in dict.fromkeys((row["out"], row["in"]) for row in found)]
     ratio = {(f"{row['out']} x {row['in']}", row["estimator"]): row["ratio"] for row in found}
     body = [[name, *(f"{ratio[shape, name]:.2f}" for shape in shapes)] for name in names]
     one = found[0]
     return rows.markdown(["", *shapes], body) + f"\n\nT = {one['tokens']}, {one['dtype']}, {rows.where(one)}."
-
-
-def both_ways(*, amx: bool, **wanted: Any) -> str:
-    """Forward and backward in 8 bits from one copy, over the exact products, by shape and dtype."""
-    found = rows.select(HERE / "both_ways.jsonl", amx=amx, **wanted)
-    body = []
-    for row in found:
-        time, error = row["time_ms"], row["error"]
-        two = time["forward, 8 bits"] + time["backward, 8 bits, own copy"]
-        cells = [
-            time["forward, 8 bits"] / time["forward"],
-            time["forward, 8 bits, shared input"] / time["forward"],
-            time["backward, 8 bits"] / time["backward"],
-            (time["forward, 8 bits"] + time["backward, 8 bits"]) / two,
-        ]
-        shape = f"{row['out']} x {row['in']}"
-        body.append([row["dtype"], shape, *(f"{cell:.2f}" for cell in cells), f"{error['forward']:.4f}"])
-    header = ["", "out x in", "forward", "forward, shared input", "backward", "one copy over two", "error, forward"]
-    one = found[0]
-    return (
-        rows.markdown(header, body)
-        + f"\n\nOver the exact product of the dtype. T = {one['tokens']}, {rows.where(one)}."
-    )
 
 
 def quantised_layer() -> str:
@@ -81,39 +48,6 @@ def quantised_kinds() -> str:
         rows.markdown(["", "its own backward", *names[1:]], body)
         + "\n\nSpeed-up of the backward / peak of forward and backward with what is kept, over its own. "
         f"{one['out']} x {one['in']}, T = {one['tokens']}, {one['dtype']}, {rows.where(one)}, {packages}."
-    )
-
-
-def compiled_offline() -> str:
-    """Registers, shared memory and spills of each Triton kernel, by compute capability."""
-    newest = offline.newest({row["triton"] for row in rows.read(offline.ROWS)})
-    found = [row for row in rows.read(offline.ROWS) if row["triton"] == newest]
-    by_kernel = {(row["kernel"], row["capability"]): row for row in found}
-    body = []
-    for name in dict.fromkeys(row["kernel"] for row in found):
-        of_kernel = [by_kernel.get((name, capability)) for capability in offline.CAPABILITIES]
-        cells = ["" if row is None else f"{row['registers']}, {row['shared_bytes'] / 1024:.0f}" for row in of_kernel]
-        body.append([name, *cells, str(max(row["spilled_bytes"] for row in of_kernel if row is not None))])
-    header = ["", *(f"sm_{capability}" for capability in offline.CAPABILITIES), "spilled"]
-    return (
-        rows.markdown(header, body)
-        + f"\n\nRegisters of a thread, KiB of shared memory of a program; bytes spilled. Computed, not measured: "
-        f"compiled by Triton {newest} for bfloat16, assembled by the ptxas that it carries."
-    )
-
-
-def rooflines() -> str:
-    """Arithmetic intensity and roofline time of each Triton kernel, by model and GPU."""
-    body = []
-    for model, shape in roofline.MODELS.items():
-        for name, work in roofline.kernels(shape):
-            times = [work.time_us(gpu) for gpu in roofline.GPUS.values()]
-            cells = ["" if time is None else f"{time:,.0f}" for time in times]
-            body.append([model, name, f"{work.operations / work.bytes:,.1f}", *cells])
-    header = ["Llama", "", "operations a byte", *(f"{name}, µs" for name in roofline.GPUS)]
-    return rows.markdown(header, body) + (
-        f"\n\nComputed, not measured: {roofline.TOKENS:,} tokens, bfloat16, `up_proj` and the head, from "
-        "published peaks."
     )
 
 
@@ -175,14 +109,8 @@ def _quantised(what: str) -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "gpu_kernels": gpu_kernels,
-    "both_ways_amx": functools.partial(both_ways, amx=True),
-    "both_ways_avx512": functools.partial(both_ways, amx=False, cpu="AMD EPYC, family 26, model 2"),
-    "both_ways_avx2": functools.partial(both_ways, amx=False, cpu="AMD EPYC, family 25, model 1"),
-    "compiled_offline": compiled_offline,
     "estimators": estimators,
-    "with_amx": with_amx,
     "quantised_layer": quantised_layer,
     "quantised_stack": quantised_stack,
     "quantised_kinds": quantised_kinds,
-    "rooflines": rooflines,
 }

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import rows
-from benchmarks.learning import convergence_tables, quality_tables, sensitivity
+from benchmarks.learning import convergence_tables, quality_tables
 
 HERE = Path(__file__).parent
 _FEWEST_SEEDS = 3
@@ -196,8 +196,6 @@ def _at(losses: dict[int, float], step: float) -> float:
 TABLES: dict[str, Callable[[], str]] = {
     "training": training,
     "training_code": training_code,
-    "sensitivity_network": sensitivity.NETWORK.table,
-    "sensitivity_language_model": sensitivity.LANGUAGE_MODEL.table,
     **quality_tables.TABLES,
     **convergence_tables.TABLES,
 }
@@ -210,12 +208,6 @@ VALUES: dict[str, Callable[[], str]] = {
     "kept_at_length_by_auto": functools.partial(at_length, "auto"),
     "kept_at_length_by_fast": functools.partial(at_length, "fast"),
     "kept_by_the_rule": functools.partial(share_kept, "int8 x tokens 0.99"),
-    "sensitivity_means": functools.partial(sensitivity.NETWORK.furthest, means=True),
-    "sensitivity_runs": functools.partial(sensitivity.NETWORK.furthest, means=False),
     **quality_tables.VALUES,
 }
-PICTURES: dict[str, Callable[[], str]] = {
-    **convergence_tables.PICTURES,
-    "sensitivity-network.svg": sensitivity.NETWORK.picture,
-    "sensitivity-language-model.svg": sensitivity.LANGUAGE_MODEL.picture,
-}
+PICTURES = convergence_tables.PICTURES

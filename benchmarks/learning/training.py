@@ -32,7 +32,7 @@ from transformers.utils import logging
 
 import celora
 from benchmarks import rows
-from benchmarks.gradient import fidelity
+from benchmarks.learning import text as texts
 from celora import CELoraConfig
 from celora.machine.allocator import keep_freed_memory
 from celora.machine.timing import interleaved
@@ -46,8 +46,8 @@ RESULTS, TIMES = Path(__file__).with_name("training.jsonl"), Path(__file__).with
 CODE = Path(__file__).with_name("training-code.jsonl")
 CLIP = 1.0  # Trainer's `max_grad_norm`
 TEXTS: dict[str, tuple[Callable[[], str], Path, float | None]] = {
-    "reference": (fidelity.language_reference, RESULTS, None),
-    "code": (fidelity.standard_library, CODE, CLIP),
+    "reference": (texts.language_reference, RESULTS, None),
+    "code": (texts.standard_library, CODE, CLIP),
 }
 Batch = dict[str, Tensor]
 
@@ -102,8 +102,7 @@ def attach(model: PeftModel, arm: str, batches: list[Batch]) -> celora.AttachRep
 
 def batches_of(seed: int, text: str = "reference") -> tuple[list[Batch], list[Batch]]:
     """Training batches in the seed's order, and the same held-out ones for every seed."""
-    fidelity.BATCH = BATCH
-    everything = fidelity.text_batches(0, text=TEXTS[text][0])
+    everything = texts.text_batches(TEXTS[text][0], BATCH)
     held_out, rest = everything[:HELD_OUT], everything[HELD_OUT:]
     order = torch.randperm(len(rest), generator=torch.Generator().manual_seed(seed)).tolist()
     return [rest[i] for i in order], held_out

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 from benchmarks import rows
-from benchmarks.kernels.roofline import MODELS
+from benchmarks.kernels.gpu import MODELS
 from celora.studies.assets import demo_model
 from celora.studies.cells import Llama
 

@@ -7,11 +7,20 @@ more, and measure float32.
 from __future__ import annotations
 
 import argparse
+import functools
+import multiprocessing
 import os
+from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks.steps.step import run
+from rich.console import Console
+
+from benchmarks import rows
+from celora.machine.allocator import keep_freed_memory
+from celora.studies.bench import measure, table
 from celora.studies.cells import Cell
+from celora.train.loading import quiet_libraries
 
 RESULTS, ARMS, REPEATS = Path(__file__).with_name("fast.jsonl"), ("PEFT", "exact", "auto", "fast"), 5
 SHAPES = (("smollm2", "full"), ("h1024-v32k", "full"), ("h2048-v32k", "full"))
@@ -31,6 +40,30 @@ def keep_to(tier: str) -> dict[str, str]:
     }
 
 
+def run(cells: Iterable[Cell]) -> None:
+    """Measure each cell in a process of its own, so that memory and compiled code of one do not affect the next."""
+    here = rows.machine(rows.conditions())
+    done = {tuple(row["cell"]) for row in rows.found(RESULTS) if rows.machine(row) == here}
+    context = multiprocessing.get_context("spawn")
+    for cell in cells:
+        if tuple(asdict(cell).values()) in done:
+            continue
+        process = context.Process(target=run_cell, args=(cell,))
+        process.start()
+        process.join()
+        if process.exitcode:
+            raise SystemExit(f"measuring {cell} ended with status {process.exitcode}")
+
+
+def run_cell(cell: Cell) -> None:
+    keep_freed_memory()
+    with quiet_libraries():
+        found = measure(cell, ARMS, repeats=REPEATS, say=functools.partial(print, flush=True))
+    Console(width=160).print(table(found), highlight=False)
+    for row in found:
+        rows.append(RESULTS, {"cell": tuple(asdict(cell).values())} | row | rows.conditions(row["arm"]))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     tier = parser.add_mutually_exclusive_group()
@@ -39,7 +72,7 @@ def main() -> None:
     chosen = parser.parse_args().tier
     if chosen:
         os.environ.update(keep_to(chosen))  # each cell is measured in a new process, which reads them
-    run(ON_A_LAPTOP if chosen else CELLS, RESULTS, ARMS, REPEATS)
+    run(ON_A_LAPTOP if chosen else CELLS)
 
 
 if __name__ == "__main__":

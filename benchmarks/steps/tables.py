@@ -12,49 +12,10 @@ from benchmarks import rows
 from benchmarks.steps import gpu
 from benchmarks.steps.dtypes import DTYPES
 from benchmarks.steps.fast import SHAPES
-from benchmarks.steps.step import SWEPT
 from celora.studies.cells import told
 
 HERE = Path(__file__).parent
 _WITHOUT_PLAN = ("exact", "auto", "fast")
-_SHOWN = (
-    "PEFT + compile", "PEFT upper half", "exact", "exact + compile", "paper", "auto", "plan", "fast", "limit",
-    "limit of exact",
-)  # fmt: skip
-
-
-def step_float32() -> str:
-    """Speed-up of the whole step over PEFT under Trainer: one line for each model and kind of data, float32."""
-    return _step("float32", amx=False)
-
-
-def step_amx() -> str:
-    """The same in bfloat16 on a CPU with matrix instructions."""
-    return _step("bfloat16", amx=True)
-
-
-def _step(dtype: str, *, amx: bool) -> str:
-    found = rows.select(HERE / "step.jsonl", dtype=dtype, amx=amx)
-    body = []
-    shown = [arm for arm in _SHOWN if any(row["arm"] == arm for row in found)]
-    for key in dict.fromkeys((row["model"], row["data"]) for row in found):
-        by_arm = {row["arm"]: row for row in found if (row["model"], row["data"]) == key}
-        speed = [f"{by_arm[arm]['speed_up']:.2f}" if "speed_up" in by_arm.get(arm, {}) else "" for arm in shown]
-        memory = [f"{by_arm[arm]['peak_memory'] / by_arm['PEFT']['peak_memory']:.2f}" for arm in ("exact", "plan")]
-        time_ms = {arm: row["time_ms"] for arm, row in by_arm.items() if "time_ms" in row}
-        most = time_ms["PEFT"] - time_ms["limit of exact"]
-        reached = [f"{(time_ms['PEFT'] - time_ms[arm]) / most:.0%}" for arm in ("exact", "paper", "plan")]
-        body.append([*key, f"{time_ms['PEFT']:.0f} ms", *speed, " / ".join(reached), " / ".join(memory)])
-    one = found[0]
-    reach = "share of the limit of exact: exact / paper / plan"
-    header = ["model", "data", "PEFT", *shown, reach, "peak memory over PEFT's, exact / plan"]
-    absent = {row["arm"]: row["not_run"] for row in found if "not_run" in row}
-    left_out = "; ".join(f"{arm}: {reason}" for arm, reason in absent.items())
-    return (
-        rows.markdown(header, body)
-        + f"\n\nRatios of medians in one run, {one['dtype']} base, float32 adapters (r = 16 on all linear "
-        f"layers), {rows.where(one)}. {told(row['model'] for row in found)} Not run: {left_out}."
-    )
 
 
 def _fast(*, amx: bool = False, isa: str | None = None, **wanted: str) -> list[dict[str, Any]]:
@@ -111,40 +72,6 @@ def adapter() -> str:
         ratios = ("" if other is None else f"{other:.1f} s, {other / plain:.2f}" for other in others)
         body.append([machine, f"{steps:,}", str(len(times[0])), f"{plain:.1f} s", *ratios])
     return rows.markdown(["", "steps", "turns", *presets], body) + f"\n\nMedians over turns, {found[0]['dtype']}."
-
-
-def step_parts() -> str:
-    """Where the time and the memory of a step go, on a CPU with matrix instructions."""
-    found = [row for row in rows.select(HERE / "step.jsonl", amx=True) if "time_ms" in row]
-    body = []
-    for row in found:
-        if row["arm"] in ("PEFT", "exact", "plan"):
-            peak = f"{row['peak_memory'] / 2**20:.0f}"
-            parts = [f"{row[part]:.0f}" for part in ("forward_ms", "backward_ms", "optimizer_ms")]
-            spread = f"{row['p20_ms']:.0f} to {row['p80_ms']:.0f}"
-            saved = f"{row['saved_for_backward'] / 2**20:.0f}"
-            name = [row["model"], row["data"], row["arm"]]
-            body.append(
-                [*name, f"{row['time_ms']:.0f}", spread, *parts, f"{row['tokens_per_second']:.0f}", saved, peak]
-            )
-    header = ["model", "data", "arm", "ms/step", "20/80th percentile", "forward", "backward", "optimizer", "tokens/s"]
-    return rows.markdown([*header, "MiB saved for backward", "MiB peak"], body) + (
-        f"\n\n{found[0]['dtype']}, {rows.where(found[0])}. {told(row['model'] for row in found)}"
-    )
-
-
-def step_sweep_amx() -> str:
-    """How the cost grows with the tokens of a step and with the hidden size, on a CPU with matrix instructions."""
-    found = [row for row in rows.select(HERE / "step-sweep.jsonl", amx=True) if "time_ms" in row]
-    body, shown = [], [arm for arm in SWEPT[1:] if any(row["arm"] == arm for row in found)]
-    for cell in dict.fromkeys(tuple(row["cell"]) for row in found):
-        by_arm = {row["arm"]: row for row in found if tuple(row["cell"]) == cell}
-        plain = by_arm["PEFT"]
-        speed = [f"{by_arm[arm]['speed_up']:.2f}" for arm in shown]
-        body.append([cell[0], str(plain["tokens"]), f"{plain['time_ms']:.0f} ms", *speed])
-    return rows.markdown(["model", "tokens per step", "PEFT", *shown], body) + (
-        f"\n\n{found[0]['dtype']}, {rows.where(found[0])}. {told(row['cell'][0] for row in found)}"
-    )
 
 
 def compiled() -> str:
@@ -317,16 +244,12 @@ VALUES |= {
 }
 PICTURES: dict[str, Callable[[], str]] = {"speed-up.svg": speed_up_picture}
 TABLES: dict[str, Callable[[], str]] = {
-    "step_float32": step_float32,
-    "step_amx": step_amx,
     "step_fast": step_fast,
     "step_fast_amx": functools.partial(step_fast, amx=True),
     "step_avx2": functools.partial(step_fast, isa="AVX2"),
     "step_avxvnni": functools.partial(step_fast, isa="AVX2_VNNI"),
     "adapter": adapter,
     "step_dtypes": step_dtypes,
-    "step_parts": step_parts,
-    "step_sweep_amx": step_sweep_amx,
     "compiled": compiled,
     "gpu_steps": gpu_steps,
     "gpu_waits": gpu_waits,

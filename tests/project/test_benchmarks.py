@@ -7,10 +7,8 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from benchmarks import rows
-from benchmarks.kernels import both_ways
 from benchmarks.scale.estimate import run_alone
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -24,26 +22,9 @@ def test_a_script_can_be_imported(script: Path) -> None:
     importlib.import_module(f"benchmarks.{script.parent.name}.{script.stem}")
 
 
-def test_every_script_is_named_on_the_page_of_its_folder() -> None:
-    page = (BENCHMARKS / "README.md").read_text(encoding="utf-8")
-    parts = (
-        "tables",
-        "quality_tables",
-        "convergence_tables",
-        "quality_tasks",
-        "bfloat16_tables",
-        "bfloat16_models",
-        "bfloat16_rounding",
-    )
-    for script in SCRIPTS:
-        if script.stem not in parts:
-            (line,) = (line for line in page.splitlines() if line.startswith(f"| `{script.parent.name}/`"))
-            assert f"`{script.stem}`" in line, script
-
-
 def test_rows_carry_their_machine() -> None:
     files = sorted(BENCHMARKS.glob("*/*.jsonl"))
-    assert len(files) > 20
+    assert len(files) > 10
     for file in files:
         for line in file.read_text(encoding="utf-8").splitlines():
             assert {"threads", "torch", "cpu", "commit"} <= json.loads(line).keys(), file.name
@@ -53,8 +34,6 @@ def test_rows_of_presets_were_measured_with_today_s_defaults() -> None:
     """Whoever changes a preset measures it again, or removes its rows: no page shows a row of other defaults."""
     found = 0
     for file in sorted(BENCHMARKS.glob("*/*.jsonl")):
-        if file.name == "bfloat16.jsonl":  # its arms are named after roundings
-            continue
         for row in rows.read(file):
             arm = str(row.get("arm") or row.get("preset") or "")
             if asked := rows.defaults(arm):
@@ -69,16 +48,6 @@ def test_rows_of_another_device_are_another_machine_s() -> None:
     row = rows.conditions()
     assert rows.machine(row | {"device": "NVIDIA A100"}) != rows.machine(row | {"device": "NVIDIA H100"})
     assert rows.machine(row) == rows.machine({name: value for name, value in row.items() if name != "device"})
-
-
-def test_the_name_of_a_file_of_rows_is_not_a_machine_s() -> None:
-    assert [file.name for file in BENCHMARKS.glob("*/*.jsonl") if "amx" in file.name or "bfloat16-" in file.name] == []
-
-
-def test_both_directions_are_timed_in_the_same_turns() -> None:
-    row = both_ways.measure(48, 32, 8, torch.float32, 2)
-    assert row["time_ms"].keys() >= {"forward", "backward", "forward, 8 bits", "backward, 8 bits"}
-    assert all(0 < error < 0.05 for error in row["error"].values())
 
 
 def test_a_command_s_peak_is_its_own() -> None:

@@ -73,7 +73,8 @@ def replaced(module: nn.Module) -> str:
     """What has replaced the forward of this module; '' if nothing. accelerate does not count: it calls the original."""
     forward = vars(module).get("forward")
     found = function_of(forward)
-    if forward is None or found is type(module).forward:
+    own = found is type(module).forward and not isinstance(forward, functools.partial)  # which may hold arguments
+    if forward is None or own:
         return ""
     name = name_of(found)
     return "" if name.partition(".")[0] == "accelerate" else name  # it casts, or moves tensors between devices
