@@ -69,22 +69,45 @@ def test_a_request_for_a_plan_is_one_for_preset_auto(ask, inputs, tmp_path):
     assert fitted(request, "64GiB")[0].options.fidelity == 0.998
 
 
-def test_the_table_has_a_micro_batch_of_each_way(ask):
-    """The fastest that fits. If none does, the smallest."""
-    found = ask(preset="exact")
-    assert len(found.ways) == 3 * 4 * 2
+def test_the_table_has_what_is_taken_the_fastest_and_the_smallest_that_fit(ask):
+    found = ask()
     peaks = sorted(way.peak_bytes for way in found.ways)
     limit = 21 * peaks[len(peaks) // 2] // 20 + 1  # so that about half of them fit
-    table = str(replace(found, memory=limit)).split("\n\n")[1].splitlines()[1:]
-    assert len(table) == 3 * 2
-    for base, dtype, on in {(way.base, way.dtype, way.checkpointing) for way in found.ways}:
-        alike = [way for way in found.ways if (way.base, way.dtype, way.checkpointing) == (base, dtype, on)]
-        fitting = [way for way in alike if way.fits(limit)]
-        way = fitting[0] if fitting else min(alike, key=lambda way: way.peak_bytes)
-        name = f"int8, else {dtype} " if base == "int8" else f"{base} "
-        (row,) = (row for row in table if row.startswith(name) and (" on " in row) is on)
+    fitting = [way for way in found.ways if way.fits(limit)]
+    taken = next(way for way in fitting if way.preset == "auto")
+    found = replace(found, memory=limit, taken=taken)
+    shown = found.shown()
+    smallest = min(fitting, key=lambda way: way.peak_bytes)
+    assert 2 <= len(shown) <= 3
+    assert set(shown) == {taken, fitting[0], smallest}
+    table = str(found).split("\n\n")[1].splitlines()[1:]
+    assert len(table) == len(shown)
+    for row, way in zip(table, shown, strict=True):
         assert f" {way.batch} x {way.accumulation} " in row
-        assert ("does not fit" in row) is not bool(fitting)
+        assert f" {way.step_seconds:.3g} s " in row
+        assert ("<- celora takes this" in row) is (way == taken)
+    assert [way["shown"] for way in found.to_dict()["ways"]] == [way in shown for way in found.ways]
+
+
+def test_after_a_minute_no_other_way_is_measured_and_the_rest_is_named(ask, monkeypatch):
+    now = iter(range(0, 10_000, 25))
+    patch_all(monkeypatch, "celora.train.forecast.estimate:_clock", lambda: float(next(now)))
+    found = ask(preset=None)
+    assert {(way.base, way.preset) for way in found.ways} == {
+        (base, "auto") for base in ("float32", "bfloat16", "int8")
+    }
+    (late,) = found.skipped
+    assert late.startswith("after 60 s: exact on base float32, exact on base bfloat16, exact on base int8, fast on ")
+    assert f"Not measured: {late}.\n" in str(found)
+    assert found.taken.preset == "auto"
+
+
+def test_a_base_whose_weights_alone_do_not_fit_is_not_measured(ask, inputs):
+    model = AutoModelForCausalLM.from_pretrained(inputs["model"])
+    weights = 4 * sum(p.numel() for p in model.parameters() if p.dim() == 2)
+    found = ask(weights - 1, preset="exact", gradient_checkpointing=False)
+    assert "float32" not in {way.base for way in found.ways}
+    assert found.skipped == ("base float32, whose weights alone take 0 MiB",)
 
 
 def test_what_is_asked_for_is_kept(ask):

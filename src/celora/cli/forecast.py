@@ -25,8 +25,8 @@ from celora.settings.names import PRESET_NAMES
 ESTIMATE_HELP = """Will it fit, and how long will it take? Answers in about a minute, and trains nothing.
 
 It reads the rows and the model's configuration, no weights, and times a few blocks of random weights on this machine.
-Then it shows memory and time of each way to train: dtype, preset, checkpointing, micro-batch. Options of celora train
-narrow the choice. For --gpu, times are computed, not measured.
+Then it shows the two or three best that fit: base, preset, checkpointing, memory, time of a step. It says what it left
+out for lack of time. Options of celora train narrow the choice. For --gpu, times are computed, not measured.
 
 \b
 Examples:
@@ -79,7 +79,8 @@ def estimate(
     settle_in()
     limit = request.options.memory
     busy = "" if gpu else disturbed()
-    found = find(request, None if limit is None else in_bytes(limit), gpu=gpu)
+    say = (lambda line: None) if as_json or quiet else typer.echo
+    found = find(request, None if limit is None else in_bytes(limit), gpu=gpu, say=say)
     print_json(found.to_dict() | {"disturbed": busy}) if as_json else typer.echo(str(found))
     if busy and not as_json:
         typer.echo(f"Ask again when the machine is idle: {busy}.")

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from time import perf_counter as _clock
 from typing import Any
 
 import numpy as np
@@ -65,6 +66,7 @@ from celora.weights.checkpoint import stored_itemsize
 
 PRESETS = ("auto", "exact", "fast")
 OWN = "celora:"  # settings without a preset
+_ENOUGH_S = 60.0  # after so many seconds no other way is measured
 _PROBED = 64  # rows that batches are made of
 _SAMPLE, _LONGEST = 2_048, 64  # rows that are tokenised of a large data set: as many evenly, and the longest
 
@@ -81,8 +83,9 @@ class Estimate:
         epochs: number of epochs that the run would train; `max_steps` decides if it is given.
         memory: bytes that the run may take, as asked for; by default what is free; None if nobody knows.
         gpu: the GPU that it is for; None for this machine's CPU.
-        ways: all of them, fastest first.
+        ways: all that were measured, fastest first.
         taken: the way that celora would take; None if nothing fits.
+        skipped: what was not measured, in words: its weights alone do not fit, or the time was over.
     """
 
     rows: int
@@ -96,12 +99,14 @@ class Estimate:
     gpu: str | None
     ways: tuple[Way, ...]
     taken: Way | None
+    skipped: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """For JSON: all ways; `shown` are those of the table."""
+        shown = self.shown()
         ways = [
             asdict(way)
-            | {"fits": way.fits(self.memory), "quality": _quality(way)}
+            | {"fits": way.fits(self.memory), "quality": _quality(way), "shown": way in shown}
             | ({} if self.gpu is None else {"smallest_gpu_gb": gpus.smallest(way)})
             for way in self.ways
         ]
@@ -117,22 +122,21 @@ class Estimate:
         lines += [self.cut] if self.cut else []
         if self.gpu is not None:
             lines.append(f"{self.gpu}: computed from its published peaks, not measured.")
-        head = ["base", "preset", "checkpointing", "batch", "peak memory", "an epoch", "kept on one text", ""]
+        head = ["base", "preset", "checkpointing", "batch", "peak memory", "a step", "an epoch", "kept on one text", ""]
         if self.gpu is not None:
-            head[4:6] = "peak memory", "smallest GPU", "an epoch, at least"
-        lines += ["", *aligned([head, *(self._row(way) for way in self._shown())]), ""]
+            head[4:7] = "peak memory", "smallest GPU", "a step, at least", "an epoch, at least"
+        lines += ["", *aligned([head, *(self._row(way) for way in self.shown())]), ""]
+        lines += [f"Not measured: {reason}." for reason in self.skipped]
+        lines += [""] if self.skipped else []
         return "\n".join([*lines, self.verdict()])
 
-    def _shown(self) -> list[Way]:
-        """One way of each base, preset and checkpointing: the fastest that fits or, if none does, the smallest."""
-        alike: dict[tuple[str, str, str, bool], list[Way]] = {}
-        for way in self.ways:
-            alike.setdefault((way.base, way.dtype, way.preset, way.checkpointing), []).append(way)
-        shown = [
-            next((way for way in ways if way.fits(self.memory)), min(ways, key=lambda way: way.peak_bytes))
-            for ways in alike.values()
-        ]
-        return sorted(shown, key=self.ways.index)
+    def shown(self) -> list[Way]:
+        """The ways of the table: what is taken, the fastest and the smallest that fit; if none fits, the smallest."""
+        fitting = [way for way in self.ways if way.fits(self.memory)]
+        if self.taken is None or not fitting:
+            return [min(self.ways, key=lambda way: way.peak_bytes)]
+        chosen = (self.taken, fitting[0], min(fitting, key=lambda way: way.peak_bytes))
+        return sorted(dict.fromkeys(chosen), key=self.ways.index)
 
     def _row(self, way: Way) -> tuple[str, ...]:
         base = way.dtype if way.base != "int8" else f"int8, else {way.dtype}"
@@ -140,7 +144,7 @@ class Estimate:
         on = () if self.gpu is None else (f"{gpus.smallest(way) or 'over ' + str(max(USABLE))} GB",)
         return (
             base, way.preset, "on" if way.checkpointing else "off", f"{way.batch} x {way.accumulation}",
-            gib(way.peak_bytes), *on, duration(way.epoch_seconds), _quality(way), mark,
+            gib(way.peak_bytes), *on, f"{way.step_seconds:.3g} s", duration(way.epoch_seconds), _quality(way), mark,
         )  # fmt: skip
 
     def verdict(self) -> str:
@@ -170,7 +174,12 @@ def _quality(way: Way) -> str:
 
 
 def estimate(
-    given: TrainRequest, memory: int | None = None, presets: tuple[str, ...] | None = None, gpu: str | None = None
+    given: TrainRequest,
+    memory: int | None = None,
+    presets: tuple[str, ...] | None = None,
+    gpu: str | None = None,
+    *,
+    say: Callable[[str], object] = lambda line: None,
 ) -> Estimate:
     """What a run of this request would take, in each way that the request leaves open.
 
@@ -182,6 +191,7 @@ def estimate(
         memory: bytes that may be taken; None for what is free.
         presets: presets to compare; None for the request's own or, if it names none, what most people want.
         gpu: an NVIDIA GPU to estimate for, by its name; None for what would train here.
+        say: hears the size of the model, before rows are read and ways are measured.
 
     Raises:
         CELoraError: nothing is known of the GPU, the model has other parts than text, or rows, tokenizer or
@@ -197,6 +207,9 @@ def estimate(
         tokenizer = load_tokenizer(request) if folder == given.model else read_tokenizer(folder)
         config = checked_config(request)
         _check_targets(request, config)
+        model = _model(request, config, stored)
+        budget = _budget(memory, gpu if asked is not None else None, args.device if gpu is None else default_device())
+        say(_size_line(model, budget))
         everything = training_rows(request, tokenizer)
 
         def build(model: Any, rows: Any) -> Any:
@@ -206,13 +219,9 @@ def estimate(
 
         found, rows, cut = _rows(everything, config, build)
         few = rows.select(np.linspace(0, len(rows) - 1, min(_PROBED, len(rows))).astype(int).tolist())
-        ways = _all_ways(request, args, lambda model: build(model, few), config, found, stored, presets, gpu)
-    budget = memory
-    if memory is None and gpu is not None:
-        budget = usable(GPUS[gpu].memory) if asked is not None else available_memory(default_device())
-    elif memory is None:
-        budget = available_memory(args.device)
-        budget = None if budget is None else budget + resident_memory()  # the peak counts what there is already
+        ways, skipped = _all_ways(
+            request, args, lambda stand_in: build(stand_in, few), config, found, model, presets, gpu, budget
+        )
     return Estimate(
         rows=len(everything),
         tokens=found.tokens,
@@ -225,7 +234,34 @@ def estimate(
         gpu=gpu,
         ways=tuple(sorted(ways, key=lambda way: (way.epoch_seconds, way.peak_bytes))),
         taken=best((way for way in ways if way.preset == (given.preset or OWN)), budget),
+        skipped=skipped,
     )
+
+
+def _budget(memory: int | None, card: str | None, device: torch.device) -> int | None:
+    """Bytes that a run may take: as asked for, those of a named GPU, or what is free here and what celora has."""
+    if memory is not None:
+        return memory
+    if card is not None:
+        return usable(GPUS[card].memory)
+    free = available_memory(device)
+    on_cpu = device.type == "cpu"  # the peak counts what there is already
+    return None if free is None else free + resident_memory() if on_cpu else free
+
+
+def _weight_bytes(model: Model, base: str, dtype: str) -> int:
+    """Bytes of the frozen weights."""
+    itemsize: int = getattr(torch, dtype).itemsize
+    tables = model.tables * model.words * model.hidden * itemsize
+    return tables + model.blocks * model.block_numbers * (1 if base == "int8" else itemsize)
+
+
+def _size_line(model: Model, budget: int | None) -> str:
+    numbers = model.blocks * model.block_numbers + model.tables * model.words * model.hidden
+    sizes = [("float32", "float32"), ("bfloat16", "bfloat16"), ("int8", "bfloat16")]
+    said = ", ".join(f"{gib(_weight_bytes(model, *kind))} in {kind[0]}" for kind in sizes)
+    room = "" if budget is None else f" There are {gib(budget)} for the run."
+    return f"{numbers / 1e6:,.0f} million weights: {said}.{room}"
 
 
 def _epochs(args: Any, rows: int) -> float:
@@ -314,46 +350,64 @@ def _trained_tables(request: TrainRequest, bare: Any) -> int:
     return sum(name.endswith(saved) for name in names)
 
 
+def _model(request: TrainRequest, config: Any, stored: int) -> Model:
+    text, bare = config.get_text_config(), outline(config)
+    tables = 1 if text.tie_word_embeddings else 2
+    return Model(
+        int(text.num_hidden_layers), int(text.hidden_size), mlp_width(bare), int(text.vocab_size),
+        block_numbers(bare), min(WORDS, int(text.vocab_size)), tables, stored, _trained_tables(request, bare),
+    )  # fmt: skip
+
+
 def _all_ways(
     request: TrainRequest,
     args: Any,
     build: Build,
     config: Any,
     rows: Rows,
-    stored: int,
+    model: Model,
     presets: tuple[str, ...],
     gpu: str | None,
-) -> list[Way]:
-    text, bare = config.get_text_config(), outline(config)
-    tables = 1 if text.tie_word_embeddings else 2
-    model = Model(
-        int(text.num_hidden_layers), int(text.hidden_size), mlp_width(bare), int(text.vocab_size),
-        block_numbers(bare), min(WORDS, int(text.vocab_size)), tables, stored, _trained_tables(request, bare),
-    )  # fmt: skip
+    budget: int | None,
+) -> tuple[list[Way], tuple[str, ...]]:
+    """The ways, and what was not measured. Bases whose weights alone do not fit are left out, unless none does."""
+    bare = outline(config)
     on = bool(getattr(args, "activation_checkpointing", None) or args.gradient_checkpointing)
     both = bare.supports_gradient_checkpointing and not request.asks_for_checkpointing
     checkpointing = [False, True] if both else [on]
     options = _batches(request, args)
     costs: list[tuple[tuple[str, str, str], CELoraConfig, Cost]] = []
-    for base, dtype in _bases(request, args, bare, None if gpu is None else stored):
-        for preset in presets:
+    bases, skipped = _bases(request, args, bare, None if gpu is None else model.stored), []
+    small = [named for named in bases if budget is None or _weight_bytes(model, *named) < budget]
+    for named in bases if small else []:
+        if named not in small:
+            skipped.append(f"base {named[0]}, whose weights alone take {gib(_weight_bytes(model, *named))}")
+    begin, late = _clock(), []
+    for preset in presets:
+        for base, dtype in small or bases:
+            if costs and _clock() - begin > _ENOUGH_S:
+                late.append(f"{preset} on base {base}")
+                continue
             own, kind, int8 = _with_preset(request, preset), getattr(torch, dtype), base == "int8"
             if gpu is None:
                 cost = measure(own, build, config, kind, int8=int8, checkpointing=checkpointing)
             else:
                 cost = count(own, build, config, kind, int8=int8)
             costs.append(((base, dtype, preset), own.config, cost))
+    if late:
+        skipped.append(f"after {_ENOUGH_S:.0f} s: {', '.join(late)}; --preset or --dtype asks for one")
     gc.collect()
     give_back_freed_memory()
     # With what libraries keep once there have been steps.
     before, card = (resident_memory(), None) if gpu is None else (gpus.BESIDE, GPUS[gpu])
-    return [
+    found = [
         way
         for named, own, cost in costs
         for way in ways_of(
             cost, model, rows, before, named=named, config=own, batches=options, checkpointing=checkpointing, gpu=card
         )
     ]
+    return found, tuple(skipped)
 
 
 def _presets(request: TrainRequest, usual: tuple[str, ...]) -> tuple[str, ...]:

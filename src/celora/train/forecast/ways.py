@@ -77,7 +77,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Way:
-    """One way to train, and what it takes: bytes at the peak, and seconds of an epoch."""
+    """One way to train, and what it takes: bytes at the peak, and seconds of a step and of an epoch."""
 
     base: str
     dtype: str
@@ -87,6 +87,7 @@ class Way:
     accumulation: int
     peak_bytes: int
     epoch_seconds: float
+    step_seconds: float
 
     def fits(self, memory: int | None) -> bool:
         """Whether `memory` bytes are enough, with a little to spare. None: nobody knows how many there are."""
@@ -133,7 +134,8 @@ def ways_of(
                 seconds = epoch_seconds(cost, model, rows, batch, checkpointing=on)
             else:
                 seconds = least_seconds(gpu, cost, model, rows, config, checkpointing=on)
-            found.append(Way(*named, on, batch, accumulation, int(peak), seconds))
+            steps = -(-rows.count // (batch * accumulation))
+            found.append(Way(*named, on, batch, accumulation, int(peak), seconds, seconds / steps))
     return found
 
 
