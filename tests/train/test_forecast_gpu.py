@@ -22,7 +22,7 @@ from patching import patch_all
 
 @pytest.mark.parametrize(("peak", "size"), [(5.7, 6), (5.8, 8), (7.7, 12), (20.9, 24), (21, 40), (77, None)])
 def test_the_smallest_card_has_a_twentieth_to_spare(peak: float, size: int | None) -> None:
-    assert smallest(Way("int8", "bfloat16", "fast", False, 1, 1, int(peak * 2**30), 1.0)) == size
+    assert smallest(Way("int8", "bfloat16", "fast", False, 1, 1, int(peak * 2**30), 1.0, 1.0)) == size
 
 
 @pytest.fixture

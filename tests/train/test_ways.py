@@ -99,7 +99,7 @@ def test_ways_are_named_and_in_all_combinations() -> None:
 
 
 def way(base: str, peak: int, seconds: float) -> Way:
-    return Way(base, "float32", "auto", False, 8, 1, peak, seconds)
+    return Way(base, "float32", "auto", False, 8, 1, peak, seconds, seconds)
 
 
 def test_the_fastest_that_fits_is_taken_and_8_bits_only_where_needed() -> None:
