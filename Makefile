@@ -47,7 +47,7 @@ test: $(TEST)
 	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(addprefix tests/,$(ROOM))
 
 # What the results of a layer, a loss or a model depend on the CPU for.
-NUMERICS := tests/test_attaching.py tests/weights tests/kernels tests/numerics tests/modeling tests/planning \
+NUMERICS := tests/test_attaching.py tests/weights tests/kernels tests/numerics tests/modeling \
 	tests/runtime/test_attachment.py tests/runtime/test_over_bound.py tests/runtime/test_state.py \
 	tests/whole/test_compile.py tests/whole/test_differential.py tests/whole/test_trainers.py tests/whole/test_training.py
 # The same as on an older CPU, with a third of the generated models. A limit for another CPU:
@@ -62,14 +62,14 @@ test-plain: $(TEST)
 
 # What works with other libraries: their versions decide about these files, and about no others.
 CORE := $(NUMERICS) tests/cli tests/runtime $(addprefix tests/train/test_,$(addsuffix .py,arguments checkpointing data \
-	fingerprint gguf interrupt loading names planning prepare readers record resuming run saving template trainer \
+	fingerprint gguf interrupt loading names prepare readers record resuming run saving template trainer \
 	truncation yaml_file)) $(addprefix tests/whole/test_,$(addsuffix .py,distributed processes variants)) \
 	tests/studies/test_stock_eval.py tests/project/test_borrowed.py
 
 # The same for the library alone, without the files that try TRL or the command line.
 LIBRARY := $(filter-out %/test_trainers.py,$(NUMERICS)) tests/settings tests/runtime tests/test_errors.py tests/test_fsdp.py \
 	tests/whole/test_distributed.py tests/whole/test_variants.py tests/project/test_library.py \
-	$(addprefix --ignore=tests/,kernels/test_backends.py modeling/test_others.py planning/test_new_estimator.py)
+	$(addprefix --ignore=tests/,kernels/test_backends.py modeling/test_others.py numerics/test_new_estimator.py)
 
 # An environment of its own each: what is declared is what is tested. Old versions warn of what has gone since.
 test-lowest: test-lowest-library test-lowest-app

@@ -5,12 +5,12 @@
 2. Each kernel in turns with torch's operators, and the 8-bit products with as many products in bfloat16, for `up_proj`
    and the head of Llama 1B, 3B and 8B.
 3. Whole training steps at these shapes, random weights: TRL + PEFT, Liger and Unsloth where they are installed, celora
-   `exact`, `fast` with and without a base in int8, and `auto` with a plan. Times, peak memory, share of the limit, and
+   `exact`, `fast` with and without a base in int8. Times, peak memory, share of the limit, and
    how often a step waits for the GPU.
 
 Rows go to `kernels/gpu.jsonl` and `steps/gpu.jsonl`, each as soon as it is measured. They replace older rows of the
 same GPU; rows of steps replace only those of the same commit, so that each commit keeps its baseline. Then the tables
-of `docs/measured/gpu.md` are written. After `--minutes`, no kernel and no arm is begun, and a plan, Liger and Unsloth
+of `docs/measured/gpu.md` are written. After `--minutes`, no kernel and no arm is begun, and Liger and Unsloth
 are ended. Each list of what is left out says how to measure it later. Correctness takes the time that it needs.
 Without `.git`, `CELORA_COMMIT` says which commit this is.
 It was written without a GPU: nothing here has been run on one.
@@ -51,7 +51,7 @@ def main(given: list[str] | None = None) -> None:
     right = kernels.check(device)
     if not right and chosen.arms is None:
         raise SystemExit(1)
-    judge(device)  # as a plan does: from here on, what is right and faster is used
+    judge(device)  # from here on, what is right and faster is used
     if chosen.arms is None:
         for row in kernels.time_kernels(device, deadline=deadline):
             rows.replace(kernels.ROWS, [row], ("operation", "model"))

@@ -133,10 +133,10 @@ def test_clear_errors(model: PeftModel) -> None:
     for call in (celora.detach, celora.quantise_base):
         with pytest.raises(CELoraError, match="NoneType is not a model"):
             call(None)  # type: ignore[arg-type]
-    with pytest.raises(CELoraError, match="unknown setting 'labeled_head'"):  # before it asks for batches
+    with pytest.raises(CELoraError, match="unknown setting 'labeled_head'"):  # before it times
         celora.attach(model, "auto", labeled_head=False)
-    with pytest.raises(CELoraError, match=r"batches= makes a plan, which only preset .auto. needs; leave batches out"):
-        celora.attach(model, "exact", batches=[])
+    with pytest.raises(CELoraError, match="batches is gone: preset auto decides by a rule, by timing, and while"):
+        celora.attach(model, "auto", batches=[])
     prompts = get_peft_model(make_base(), PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"))
     with pytest.raises(CELoraError, match="PROMPT_TUNING adapts no layer"):
         celora.attach(prompts, "exact")

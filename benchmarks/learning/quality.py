@@ -46,8 +46,8 @@ from benchmarks.steps.adapter import train as command
 from celora.machine.allocator import keep_freed_memory
 from celora.machine.timing import interleaved
 from celora.studies.assets import demo_model
+from celora.train.choose import choose
 from celora.train.loading import quiet_libraries
-from celora.train.planning import choose
 from celora.train.prepare import prepared
 from celora.train.request.arguments import TrainRequest, make_request
 from celora.train.run import train

@@ -3,7 +3,7 @@
 SmolLM2-135M-Instruct, bf16, LoRA r=16 on all linear layers, AdamW, 4 x 128 tokens of technical English (the Python
 language reference), 200 steps, three seeds; the held-out loss is measured every 40 steps on text that is never trained
 on. Arms: exact LoRA, the same on the upper half of the layers only, the same with three quarters of the batch, the
-paper's preset, single estimators, `auto` at several fidelities, and presets on a base in 8 bits.
+paper's preset, single estimators, and presets on a base in 8 bits.
 
 `python -m benchmarks.learning.training run` trains run by run into `training.jsonl`, and can be interrupted. With
 `--text code` it trains on the source of the standard library, which is long enough for thousands of steps (`--steps`),
@@ -62,7 +62,7 @@ CONFIGS: dict[str, Any] = {
     "exact LoRA": None,
     "exact, upper half": None,
     "exact, 3/4 batch": None,
-    "preset exact": "exact",  # what auto has beside its plan: how much of auto's lead is that?
+    "preset exact": "exact",  # what auto has beside its estimates: how much of auto's lead is that?
     "paper": "paper",
     "int8": CELoraConfig(estimator="int8", spread=True),
     "int8 x tokens 0.999": energy(0.999, "int8"),
@@ -72,10 +72,6 @@ CONFIGS: dict[str, Any] = {
     "exact, base int8": "exact",  # what a base in 8 bits costs by itself
     "fast, base int8": PRESETS["fast"],
     "auto": "auto",  # by its rule, as a run begins
-    "auto 0.998": 0.998,  # a plan at the default fidelity
-    "auto 0.99": 0.99,
-    "auto 0.98": 0.98,
-    "auto 0.95": 0.95,
 }
 
 
@@ -95,8 +91,6 @@ def make_model(arm: str, seed: int, dtype: str = "bfloat16") -> PeftModel:
 
 def attach(model: PeftModel, arm: str, batches: list[Batch]) -> celora.AttachReport | None:
     config = CONFIGS[arm]
-    if isinstance(config, float):
-        config = celora.make_plan(model, batches, config)
     return None if config is None else celora.attach(model, config)
 
 

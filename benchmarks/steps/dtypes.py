@@ -34,7 +34,7 @@ def measure(cell: Cell) -> None:
     with quiet_libraries(), tempfile.TemporaryDirectory() as scratch:
         for arm, dtype in ARMS:
             own = replace(cell, dtype=dtype)
-            steps[f"{arm} {dtype}"] = step = make_step(own, arm, batches, Path(scratch) / "plan.json", {})
+            steps[f"{arm} {dtype}"] = step = make_step(own, arm, Path(scratch), {})
             step.settle(batches)
         times = take_turns(steps, batches, REPEATS)
     found = {name: percentiles([sum(parts) for parts in taken]) for name, taken in times.items()}

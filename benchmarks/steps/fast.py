@@ -1,4 +1,4 @@
-"""Whole steps of the presets that need no plan, over PEFT's: `python -m benchmarks.steps.fast`. Resumable.
+"""Whole steps of the presets of celora, over PEFT's: `python -m benchmarks.steps.fast`. Resumable.
 
 `--avx2` and `--avxvnni` keep celora's kernels, oneDNN, MKL and torch to these instructions, as on a laptop that has no
 more, and measure float32.

@@ -33,7 +33,7 @@ from celora.machine.memory import forget_peak, peak_memory
 from celora.machine.packages import package_version
 from celora.machine.timing import percentiles
 from celora.studies.bench import not_runnable
-from celora.studies.cells import LLAMAS, Batch, Cell, make_batches, make_model
+from celora.studies.cells import LLAMAS, Cell, make_batches, make_model
 from celora.studies.step import Step, attach_arm, make_step
 
 ROWS = Path(__file__).with_name("gpu.jsonl")
@@ -49,13 +49,12 @@ ARMS = {
     INT8: "the same on a base in int8, which is the only copy",
     "limit of exact": "preset exact with a free grad_input of the adapted layers (zeros: does not train)",
     LIGER: "TRL + PEFT with Liger's kernels, all but its head, as TRL uses them",
-    "plan": "preset auto with a plan made here",
     GRAPHS: "preset exact, decoder and head in CUDA graphs: `celora.compile_model`",
     "Unsloth": "Unsloth's own LoRA in Transformers' Trainer, without TRL's metrics",
     AGAIN: "TRL + PEFT once more, at the end",
 }
 # In a process that ends at the deadline: they are slow to prepare, or change Transformers for the whole process.
-ALONE = (LIGER, "Unsloth", "plan", GRAPHS)
+ALONE = (LIGER, "Unsloth", GRAPHS)
 REPEATS = 12
 PROCESSES = get_context("spawn")
 _PATIENCE_S = 10  # for a process that was told to end
@@ -159,7 +158,7 @@ def steps_of(cell: Cell, arm: str) -> dict[str, Any]:
     batches, begun = make_batches(cell), time.monotonic()
     before, on_gpu = torch.cuda.memory_allocated(), torch.cuda.is_available()
     with tempfile.TemporaryDirectory() as folder:
-        step = _step(cell, arm, batches, Path(folder))
+        step = _step(cell, arm, Path(folder))
         step.settle(batches)
         for batch in batches:
             step(batch)
@@ -186,14 +185,14 @@ def steps_of(cell: Cell, arm: str) -> dict[str, Any]:
     }
 
 
-def _step(cell: Cell, arm: str, batches: list[Batch], folder: Path) -> Step:
+def _step(cell: Cell, arm: str, folder: Path) -> Step:
     if arm == "Unsloth":
-        return make_step(cell, arm, batches, folder / "plan.json", {})
+        return make_step(cell, arm, folder, {})
     model = make_model(cell)
     if arm == INT8:
         celora.quantise_base(model)
     step = TRLStep(model, folder, liger=arm == LIGER)
-    attach_arm(model, {INT8: "fast", GRAPHS: "exact"}.get(arm, arm), batches, folder / "plan.json")
+    attach_arm(model, {INT8: "fast", GRAPHS: "exact"}.get(arm, arm))
     if arm == GRAPHS:
         celora.compile_model(model, mode="reduce-overhead", fullgraph=True)
     return step

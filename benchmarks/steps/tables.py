@@ -19,13 +19,13 @@ _WITHOUT_PLAN = ("exact", "auto", "fast")
 
 
 def _fast(*, amx: bool = False, isa: str | None = None, **wanted: str) -> list[dict[str, Any]]:
-    """Rows of the presets that need no plan. `isa`: the newest instructions that oneDNN was allowed, None for all."""
+    """Rows of the presets of celora. `isa`: the newest instructions that oneDNN was allowed, None for all."""
     found = rows.select(HERE / "fast.jsonl", amx=amx, **wanted)
     return [row for row in found if row.get("onednn_max_cpu_isa") == isa]
 
 
 def step_fast(*, amx: bool = False, isa: str | None = None) -> str:
-    """Speed-up over PEFT of the presets that need no plan; one table for each machine."""
+    """Speed-up over PEFT of the presets of celora; one table for each machine."""
     found = _fast(amx=amx, isa=isa)
     machines = dict.fromkeys(map(rows.where, found))
     return "\n\n".join(_over_peft([row for row in found if rows.where(row) == machine]) for machine in machines)
@@ -171,7 +171,7 @@ def one_speed_up(arm: str, dtype: str, model: str, data: str) -> str:
 
 
 def speed_up_picture() -> str:
-    """Bars of the speed-up over PEFT of the presets that need no plan, for each model, kind of data and dtype.
+    """Bars of the speed-up over PEFT of the presets of celora, for each model, kind of data and dtype.
 
     The machine is the one that was measured last.
     """

@@ -13,9 +13,7 @@ if TYPE_CHECKING:
     from celora.modeling.report import AttachReport
     from celora.numerics.estimators.base import Estimator
     from celora.numerics.estimators.registry import register_estimator
-    from celora.planning.audit import AuditReport, audit
-    from celora.planning.plan import Plan
-    from celora.planning.planner import make_plan
+    from celora.runtime.audit import AuditReport, audit
     from celora.runtime.callback import Callback
     from celora.runtime.graphs import compile_model
     from celora.runtime.original_base import original_base
@@ -31,13 +29,11 @@ __all__ = [
     "CELoraError",
     "Callback",
     "Estimator",
-    "Plan",
     "attach",
     "audit",
     "compile_model",
     "detach",
     "load_state",
-    "make_plan",
     "original_base",
     "quantise_base",
     "register_estimator",
@@ -47,18 +43,16 @@ __all__ = [
 
 _DEFINED_IN = {
     "AttachReport": "modeling.report",
-    "AuditReport": "planning.audit",
+    "AuditReport": "runtime.audit",
     "CELoraConfig": "settings.config",
     "CELoraError": "errors",
     "Callback": "runtime.callback",
     "Estimator": "numerics.estimators.base",
-    "Plan": "planning.plan",
     "attach": "attaching",
-    "audit": "planning.audit",
+    "audit": "runtime.audit",
     "compile_model": "runtime.graphs",
     "detach": "attaching",
     "load_state": "runtime.state",
-    "make_plan": "planning.planner",
     "original_base": "runtime.original_base",
     "quantise_base": "modeling.int8_base",
     "register_estimator": "numerics.estimators.registry",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from celora.errors import CELoraError
-from celora.machine.processes import gathers, made_by_first, same_in_all
+from celora.machine.processes import gathers, same_in_all
 from celora.modeling.assign import choose_estimator, last_block
 from celora.modeling.eight_bit import EightBitForward
 from celora.modeling.float_forward import FloatForward, other_layers, weight_for
@@ -33,7 +33,6 @@ from celora.modeling.report import AttachReport, LayerReport
 from celora.modeling.survey import AdaptedLayer, Survey, survey
 from celora.modeling.switch import Mode
 from celora.numerics.estimators import Dense, Estimator
-from celora.planning.plan import Plan
 from celora.runtime.attachment import ATTRIBUTE, Attachment, attachments, find
 from celora.runtime.notes import advice, whole_model_notes
 from celora.settings.config import CELoraConfig, matches
@@ -42,27 +41,19 @@ from celora.settings.presets import PRESETS, resolve, ruled
 from celora.weights.read import plain_weight
 
 
-def attach(
-    model: nn.Module,
-    config: str | CELoraConfig | Plan = "auto",
-    *,
-    batches: Iterable[Mapping[str, Any]] | None = None,
-    **changes: Any,
-) -> AttachReport:
+def attach(model: nn.Module, config: str | CELoraConfig = "auto", **changes: Any) -> AttachReport:
     """Estimate the backward of the frozen layers under `model`'s PEFT adapters.
 
-    The forward stays exact, unless `forward="int8"` (preset `fast`, and plans made with `forward=True`). Saving the
-    model gives an ordinary adapter. Attaching the same configuration again changes nothing; another configuration
-    replaces the first. Nothing else has to be called: celora counts the optimizer's steps.
+    The forward stays exact, unless `forward="int8"` (preset `fast`). Saving the model gives an ordinary adapter.
+    Attaching the same configuration again changes nothing; another configuration replaces the first. Nothing else has
+    to be called: celora counts the optimizer's steps.
 
     Args:
         model: a PEFT model, or any module that contains PEFT tuner layers. Not merged.
-        config: a preset (`"auto"`, `"fast"`, `"exact"`, `"paper"`, `"off"`), a `CELoraConfig`, or a `Plan`.
-        batches: for `"auto"`, a few batches like those of training: `attach` then makes a plan on them first. Without
-            batches, `"auto"` begins with a rule, and its refreshes adjust the rule.
+        config: a preset (`"auto"`, `"fast"`, `"exact"`, `"paper"`, `"off"`), or a `CELoraConfig`. `"auto"` begins
+            with a rule, and its refreshes adjust the rule.
         **changes: fields of the configuration that concern all layers. `labelled_head=False` keeps `outputs.logits`
-            while training, `padding_free=False` keeps the padding, `refresh_every=50` refreshes more often. Plans are
-            made without padding and logits.
+            while training, `padding_free=False` keeps the padding, `refresh_every=50` refreshes more often.
 
     Returns:
         How each layer is estimated, or why it is not. Printed, it is a table.
@@ -72,11 +63,10 @@ def attach(
 
     Raises:
         CELoraError: unknown preset or field, no adapters, merged adapters, a model patched by Unsloth, a rank larger
-            than a layer, a plan for another model or device, or processes of a sharded model that give different
-            configurations.
+            than a layer, or processes of a sharded model that give different configurations.
     """
     found, timed = survey(model), config in ("auto", "fast")
-    plan, config = _settled(found, config, batches, changes)
+    config = _settled(found, config, changes)
     assigned = _assign(found, config)
     exact_head = config.exact_head or found.language_model is None
     report = AttachReport(tuple(layer for layer, _ in assigned.values()), config.refresh_every, exact_head=exact_head)
@@ -105,7 +95,7 @@ def attach(
         asked = any(config.overrides[pattern].keys() - {"saved_input"} for pattern in _patterns(config))
         if not attachment.grafts and (asked or len(report.skipped) == len(report.layers)):
             warnings.warn("celora: no layer can be estimated. Print the report for the reasons.", stacklevel=2)
-    attachment.plan, attachment.timed = plan, timed
+    attachment.timed = timed
     estimates = bool(report.estimated) or not exact_head
     estimators = [estimator for _, estimator in assigned.values() if estimator is not None]
     slow = {estimator.product.slow(estimator.device) for estimator in estimators} - {""}
@@ -126,40 +116,20 @@ def _passes(attachment: Attachment, model: nn.Module) -> dict[nn.Module, type[Ow
     return passes.known(model, compact=attachment.forwards.read_stored_bytes) if attachment.config.fused else {}
 
 
-def _settled(
-    found: Survey,
-    config: str | CELoraConfig | Plan,
-    batches: Iterable[Mapping[str, Any]] | None,
-    changes: Mapping[str, Any],
-) -> tuple[Plan | None, CELoraConfig]:
-    """The plan, or None, and the configuration. For presets `auto` and `fast`, this times the products."""
-    model = found.model
-    if batches is not None:
-        if not (isinstance(config, str) and config == "auto"):
-            raise CELoraError('batches= makes a plan, which only preset "auto" needs; leave batches out.')
-        resolve(config, changes)  # so that a mistake is reported before any measurement
-        from celora.planning.planner import make_plan
-
-        config = Plan.from_dict(made_by_first(lambda: make_plan(model, batches).to_dict()))
-    plan, name = config if isinstance(config, Plan) else None, config
-    if isinstance(config, Plan):
-        config.check(found)
-        config = config.config()
-    config = resolve(config, changes)
+def _settled(found: Survey, name: str | CELoraConfig, changes: Mapping[str, Any]) -> CELoraConfig:
+    """The configuration. For presets `auto` and `fast`, this times the products."""
+    config = resolve(name, changes)
     if name in ("auto", "fast"):
-        from celora.planning.fastest import gate
+        from celora.runtime.gate import gate
 
         config = gate(found, ruled(name, config, changes), given=changes).config
-    if gathers(model) and not same_in_all(config.to_dict()):
-        raise CELoraError(
-            "the processes attach different configurations, and would wait for each other for ever; a plan has to be "
-            "made by one of them, for all."
-        )
-    return plan, config
+    if gathers(found.model) and not same_in_all(config.to_dict()):
+        raise CELoraError("the processes attach different configurations, and would wait for each other for ever.")
+    return config
 
 
 def _patterns(config: CELoraConfig) -> list[str]:
-    """The overrides that are no `=NAME`: those of presets and users, and none of a plan or a timing."""
+    """The overrides that are no `=NAME`: those of presets and users, and none of a timing."""
     return [pattern for pattern in config.overrides if not pattern.startswith("=")]
 
 

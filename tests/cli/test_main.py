@@ -47,7 +47,7 @@ def test_version_and_help(capsys):
 
 
 COMMANDS = (
-    "estimate", "train", "watch", "chat", "generate", "export", "audit", "plan", "compare", "bench", "demo", "doctor",
+    "estimate", "train", "watch", "chat", "generate", "export", "audit", "compare", "bench", "demo", "doctor",
 )  # fmt: skip
 
 
@@ -95,7 +95,7 @@ def test_help_version_completion_and_misspelt_flags_import_neither_torch_nor_tra
     script = """
 import contextlib, io, os, sys
 from celora.cli.main import main
-wrong = [[command, "--modle", "m", "--lr", "3"] for command in ("train", "audit", "plan", "compare")]
+wrong = [[command, "--modle", "m", "--lr", "3"] for command in ("train", "audit", "compare")]
 for given in (["--help"], ["--version"], ["train", "--help"], ["doctor", "--help"], ["--show-completion"], ["trayn"],
               *wrong):
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as said:
@@ -157,9 +157,8 @@ def test_what_completion_offers_is_what_there_is():
 def test_hints_name_what_the_command_takes(capsys, tmp_path):
     resume = error_line(capsys, "train", "--resume")
     assert resume == "error: --resume continues the run in --output; give --output DIR"
-    for command in ("plan", "audit"):
-        line = error_line(capsys, command)
-        assert line == "error: --model and --data are missing; give --model MODEL --data DATA"
+    line = error_line(capsys, "audit")
+    assert line == "error: --model and --data are missing; give --model MODEL --data DATA"
     assert error_line(capsys, "train", "--model", "m") == (
         "error: --data and --output are missing; give --data DATA --output DIR"
     )
@@ -215,13 +214,23 @@ def test_mistakes_are_one_line_and_status_2(inputs, capsys, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "given", [("plan", "--output"), ("bench", "--output"), ("demo", "--output"), ("audit", "--adapter"),
-              ("plan", "--adapter"), ("train", "--output"), ("compare", "--output")]
+    "given", [("bench", "--output"), ("demo", "--output"), ("audit", "--adapter"),
+              ("train", "--output"), ("compare", "--output")]
 )  # fmt: skip
 def test_a_name_that_nothing_can_have_is_one_line(given, capsys):
     more = {"bench": ["--cell", "none"], "demo": []}.get(given[0], ["--model", "m", "--data", "d"])
     line = error_line(capsys, *given, "x" * 300, *more)
     assert line == f"error: {given[1]} '{'x' * 57}...' cannot be a path: File name too long"
+
+
+def test_what_is_gone_says_what_is_there_instead(capsys, tmp_path):
+    instead = "preset auto decides by a rule, by timing, and while it trains"
+    assert error_line(capsys, "plan", "--model", "m") == f"error: celora plan is gone: {instead}"
+    for name in ("plan", "fidelity", "memory-limit"):
+        line = error_line(capsys, "train", "--model", "m", f"--{name}", 1)
+        assert line == f"error: option --{name} is gone: {instead}"
+    (tmp_path / "run.yaml").write_text("fidelity: 0.998")
+    assert "is gone: preset auto" in error_line(capsys, "audit", "--config", tmp_path / "run.yaml")
 
 
 def test_exit_status(demo, capsys):

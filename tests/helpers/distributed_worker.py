@@ -224,11 +224,10 @@ def at_odds(rank: int) -> dict[str, Any]:
     return {"exact": sorted(attachment.made_exact), "expected": names[:1], "modes": len(modes)}
 
 
-def planned_apart(rank: int) -> dict[str, Any]:
-    """Each process has batches of its own to plan on, and then a configuration of its own."""
+def chosen_apart(rank: int) -> dict[str, Any]:
+    """Each process times for itself, and then has a configuration of its own."""
     model = make_model()
-    batches = [{"input_ids": global_batch(10 * rank + i), "labels": global_batch(10 * rank + i)} for i in range(3)]
-    report = celora.attach(model, "auto", batches=batches)
+    report = celora.attach(model, "auto")
     celora.detach(model)
     celora.fsdp.shard(model)
     try:
@@ -307,7 +306,7 @@ def main() -> None:
         **{name: functools.partial(run, scenario, rank, world) for name, scenario in SCENARIOS.items()},
         "unseen": lambda: one_without_a_gradient(rank),
         "at odds": lambda: at_odds(rank),
-        "planned": lambda: planned_apart(rank),
+        "chosen": lambda: chosen_apart(rank),
         "uneven": lambda: with_fewest(
             50, lambda: {config: uneven(config, rank) for config in ("off", "exact", "paper")}
         ),

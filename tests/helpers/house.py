@@ -8,7 +8,7 @@ from pathlib import Path
 SOURCE = Path(__file__).parents[2] / "src"
 ROOMS = [
     "errors", "files", "borrowed", "machine", "weights", "kernels", "numerics", "settings", "modeling", "runtime",
-    "planning", "attaching", "fsdp", "integrations", "run", "train", "studies", "cli", "__main__",
+    "attaching", "fsdp", "integrations", "run", "train", "studies", "cli", "__main__",
 ]  # fmt: skip
 
 

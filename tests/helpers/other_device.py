@@ -186,7 +186,7 @@ def _pretend(patch: pytest.MonkeyPatch, device: Device, launched: set[str]) -> N
     patch_all(patch, "celora.kernels.triton.launches:launch", functools.partial(_launch, launched))
     patch_all(patch, "celora.machine.timing:cannot_time", lambda where: "")
     patch_all(patch, "celora.machine.device:random_states", lambda where: contextlib.nullcontext())
-    patch_all(patch, "celora.planning.fastest:_kept", lambda key, count, *_: [1.0, *[0.5] * (count - 1)])
+    patch_all(patch, "celora.runtime.gate:_kept", lambda key, count, *_: [1.0, *[0.5] * (count - 1)])
     patch_all(patch, "celora.modeling.trial:unlike", lambda module, seen=None: "")
     patch_all(patch, "celora.modeling.model_graft:known_by", lambda causal, given: NOTHING)
     patch_all(patch, "celora.modeling.graft:in_dispatch_mode", lambda: False)

@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 
 from celora.cli.main import main
 from celora.runtime.attachment import require
-from celora.train import planning, run
+from celora.train import run
 
 USUAL = ["--max_steps", "6", "--save_steps", "3", "--per_device_train_batch_size", "2", "--learning_rate", "1e-2"]
 COLUMNS = '{"estimator": "columns", "keep_ratio": 0.4, "rank": 4, "refresh_every": 2, "synchronise": true}'
@@ -53,23 +53,6 @@ class Noted(TrainerCallback):  # type: ignore[misc]
         self.path.write_text(json.dumps(noted), encoding="utf-8")
 
 
-def planned_in_each(folder: Path) -> None:
-    """A run with preset auto and a plan. It writes each process's plan with its timings, which never repeat exactly."""
-    plan = planning.make_plan
-
-    def noted(*args: Any) -> Any:
-        found = plan(*args)
-        (folder / f"plan.{os.environ['RANK']}.json").write_text(json.dumps(found.to_dict()), encoding="utf-8")
-        return found
-
-    planning.make_plan = noted
-    try:
-        short = ["--preset", "auto", "--fidelity", "0.998", "--max_steps", "2", "--save_strategy", "no"]
-        assert train(folder, "auto", *short, callback=Noted(folder / "auto")) == 0
-    finally:
-        planning.make_plan = plan
-
-
 def train(folder: Path, name: str, *more: str, data: str = "rows.jsonl", callback: Any = None) -> int:
     own = ["--model", f"{folder}/model", "--data", f"{folder}/{data}", "--output", f"{folder}/{name}"]
     build = run.build_trainer
@@ -91,7 +74,8 @@ def work(folder: Path) -> None:
     with_columns = ["--celora", COLUMNS]
     assert train(folder, "whole", *with_columns, "--eval-data", f"{folder}/rows.jsonl") == 0
     assert train(folder, "exact", "--preset", "exact", callback=Noted(folder / "exact")) == 0
-    planned_in_each(folder)
+    short = ["--preset", "auto", "--max_steps", "2", "--save_strategy", "no"]
+    assert train(folder, "auto", *short, callback=Noted(folder / "auto")) == 0
     os.environ["TORCHELASTIC_RESTART_COUNT"] = "1"  # each attempt of a job may report its failure once
     assert train(folder, "bad", data="nowhere.jsonl") == 2
     os.environ["TORCHELASTIC_RESTART_COUNT"] = "0"

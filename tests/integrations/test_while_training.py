@@ -17,8 +17,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 import celora
 from celora import CELoraConfig, CELoraError
 from celora.integrations.while_training import AttachWhileTraining, in_one_line, read_settings
-from celora.planning.fastest import Gated
 from celora.runtime.attachment import find, require
+from celora.runtime.gate import Gated
 from patching import patch_all
 from small import adapter, make_base, make_batch, make_model
 
@@ -119,7 +119,7 @@ def test_where_timing_decides_otherwise_a_resumed_training_goes_on_as_it_began(
     def other(found: Any, config: CELoraConfig, **_: Any) -> Gated:
         return Gated(dataclasses.replace(config, overrides={"*": {"estimator": "dense"}}, head_keep_ratio=1.0))
 
-    patch_all(monkeypatch, "celora.planning.fastest:gate", other)
+    patch_all(monkeypatch, "celora.runtime.gate:gate", other)
     resumed = trainer(tmp_path, AttachWhileTraining({"preset": "auto", **changes}), max_steps=6)
     wrong = pytest.raises(CELoraError, match="made with another configuration") if changes else nullcontext()
     with wrong:

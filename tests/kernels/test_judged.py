@@ -47,7 +47,7 @@ def test_without_a_plan_a_gpu_uses_none_of_them() -> None:
     assert not judged.planned_on(GPU)
     assert judged.planned_on(CPU)
     assert not any(judged.takes(operation)(GPU) for operation in proof.OPERATIONS)
-    said = "torch's integer product: Triton's kernels were not timed on this GPU, which a plan does (celora plan)"
+    said = "torch's integer product: Triton's kernels were not timed on this GPU, which python -m benchmarks.gpu does"
     assert explain("pack_weight", GPU) == said
 
 

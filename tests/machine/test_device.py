@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import types
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,12 +14,13 @@ from peft import PeftModel
 import celora
 from celora import CELoraConfig, CELoraError
 from celora.machine import device
+from celora.machine.device import device_name
 from celora.numerics import select
 from celora.numerics.estimators import make_estimator
 from celora.numerics.factor import svd_factor
 from celora.numerics.head import score_tokens, through_the_head
-from celora.planning.fidelity import Fidelity
 from celora.runtime.attachment import require
+from celora.runtime.fidelity import Fidelity
 from patching import patch_all
 from pretended import MPS, Pretended, pretended_mps
 from small import MEMBERS, make_batch, make_model
@@ -155,19 +157,6 @@ def test_an_audit_there_is_the_cpu_s(mps: list[str]) -> None:
     assert mps.count("set") == 2  # once before the second gradient, and once at the end
 
 
-@pytest.mark.filterwarnings("ignore:celora. nothing here computes the attention of all packed sequences")
-def test_a_plan_there(mps: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    patch_all(monkeypatch, "celora.numerics.estimators.tokens:PLANNED", (1.0, 0.9, 0.5))
-    patch_all(monkeypatch, "celora.planning.influence:_DEPTHS", 1)
-    patch_all(monkeypatch, "celora.planning.influence:_FEW_LAYERS", 0)
-    patch_all(monkeypatch, "celora.machine.timing:cannot_time", lambda device: "")
-    model = on_mps(make_model(target_modules=["up_proj", "down_proj"]))
-    plan = celora.make_plan(model, [make_batch(1), make_batch(2)], 0.9)
-    assert {layer.name.rpartition(".")[2] for layer in plan.layers} == {"up_proj", "down_proj"}
-    assert plan.audited_cosine >= 0.9
-    assert mps.count("wait") > 100  # celora waits before and after everything that it times
-
-
 def test_training_there(mps: list[str]) -> None:
     model = on_mps(make_model())
     celora.attach(model, CELoraConfig(keep_ratio=0.5, rank=4, refresh_every=2))
@@ -180,6 +169,18 @@ def test_training_there(mps: list[str]) -> None:
     errors = require(model).relative_errors
     assert errors
     assert all(0 < error < 1 for error in errors.values())
+
+
+def test_every_device_has_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100")
+    monkeypatch.setattr(torch.xpu, "get_device_name", lambda _: "Intel Arc")
+    monkeypatch.setattr(torch.backends.mps, "get_name", lambda: "Apple M2", raising=False)
+    names = {kind: device_name(torch.device(kind)) for kind in ("cuda", "xpu", "mps")}
+    assert names == {"cuda": "NVIDIA H100", "xpu": "Intel Arc", "mps": "Apple M2"}
+    info = Path("/proc/cpuinfo")
+    if info.exists() and "model name" in (text := info.read_text()):
+        assert f": {device_name(torch.device('cpu')).partition(', family')[0]}\n" in text
+    assert device_name(torch.device("cpu"))
 
 
 def test_random_states_of_all_devices_are_put_back(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,8 +10,6 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-import celora
-from celora import CELoraError
 from celora.machine import timing
 from celora.machine.timing import (
     cannot_time,
@@ -24,7 +21,6 @@ from celora.machine.timing import (
     time_over_float32,
 )
 from patching import patch_all
-from small import make_batch, make_model
 
 CPU, MPS = torch.device("cpu"), torch.device("mps", 0)
 
@@ -216,14 +212,10 @@ def test_a_device_that_is_waited_for_can_be_timed(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("why", ["no longer than a small one", "torch.accelerator does not know it"])
-def test_no_plan_where_times_are_those_of_launches(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, make_plan = make_model(), celora.make_plan  # imports its module, which is to be patched, too
+def test_nothing_is_timed_where_times_are_those_of_launches(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if why.startswith("no longer"):
         Accelerator(monkeypatch, waits=False)
     assert why in cannot_time(MPS)
-    patch_all(monkeypatch, "celora.machine.timing:cannot_time", lambda device: why)
-    with pytest.raises(CELoraError, match=f"^cannot plan on 'cpu': {why}. Choose preset exact or paper"):
-        make_plan(model, itertools.repeat(make_batch(0)))
 
 
 @pytest.mark.parametrize(

@@ -213,16 +213,16 @@ def test_what_one_machine_saved_another_multiplies_with(
         assert (found - expected).norm() < 0.03 * expected.norm()
 
 
-def test_bytes_by_rows_are_multiplied_by_what_a_plan_found_faster_and_never_by_what_none_has_seen(
+def test_bytes_by_rows_are_multiplied_by_what_the_device_at_hand_has(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A plan comes after the layer. And a layer may come from another GPU, where there was one."""
+    """A layer may come from another device."""
     without(monkeypatch, "c")
     layer = Int8Linear.of(make(96, 128))
     assert layer.layout is IntegersBothWays
-    planned = Backend("triton", TiledBothWays.holding)
+    other = Backend("triton", TiledBothWays.holding)
     with monkeypatch.context() as patch:
-        patch.setitem(TABLE, "hold_both_ways", [planned])
+        patch.setitem(TABLE, "hold_both_ways", [other])
         assert type(layer.packed) is TiledBothWays
         assert layer.packed.stored.data_ptr() == layer.W_q.data_ptr()
     layer.layout = TiledBothWays

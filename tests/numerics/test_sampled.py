@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from celora.errors import CELoraError
-from celora.numerics.estimators import Observed, Tokens, make_estimator
+from celora.numerics.estimators import Tokens, make_estimator
 from celora.numerics.estimators.more.sampled import SampledColumns, SampledTokens
 from machine import refuses
 from without import without
@@ -98,13 +98,6 @@ def test_draws_leave_the_global_random_state_alone_and_resume() -> None:
     assert first.estimate(G, W).equal(second.estimate(G, W))
     other = SampledTokens(16, 8, keep_ratio=0.4, selection="sampled", seed=6)
     assert not first.estimate(G, W).equal(other.estimate(G, W))
-
-
-def test_a_draw_is_judged_by_its_own_error() -> None:
-    W, G = torch.randn(16, 8), torch.randn(12, 16)
-    observed = Observed(G, W, G @ W)
-    for estimator in (_settled(G, W, keep_ratio=0.5), SampledTokens(16, 8, keep_ratio=0.5, selection="sampled")):
-        assert estimator.judge(observed).error > 0.1
 
 
 def test_keeping_everything_is_the_product(monkeypatch: pytest.MonkeyPatch) -> None:

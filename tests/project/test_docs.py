@@ -120,9 +120,7 @@ def folder(names: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return names
 
 
-@pytest.mark.parametrize(
-    "page", ["use/quick-start.md", "use/presets.md", "use/command-line.md", "use/try-and-export.md"]
-)
+@pytest.mark.parametrize("page", ["use/quick-start.md", "use/command-line.md", "use/try-and-export.md"])
 def test_commands_run(page: str, folder: Path) -> None:
     for text in blocks(page, "yaml"):
         (folder / "sft.yaml").write_text(text, encoding="utf-8")

@@ -34,7 +34,7 @@ from small import make_batch, make_model
 for name in {modules!r}:
     importlib.import_module(name)
 model, batches = make_model(r=4).train(), [make_batch(seed) for seed in range(2)]
-celora.attach(model, celora.make_plan(model, batches))
+celora.attach(model)
 optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
 model(**batches[0]).loss.backward()
 optimizer.step()

@@ -117,7 +117,7 @@ def test_changes_of_what_concerns_all_layers() -> None:
 def test_unknown_preset_suggests_the_nearest() -> None:
     with pytest.raises(CELoraError, match="unknown preset 'papper'; did you mean 'paper'"):
         resolve("papper")
-    with pytest.raises(CELoraError, match=r"'plan.json' is a file; give celora.Plan.load"):
+    with pytest.raises(CELoraError, match=r"'plan.json' is a file; give celora.CELoraConfig.load"):
         resolve("plan.json")
     with pytest.raises(CELoraError, match="expected a CELoraConfig or one of"):
         resolve(3)  # type: ignore[arg-type]

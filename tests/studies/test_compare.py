@@ -10,7 +10,6 @@ from typing import Any
 
 import datasets
 import pytest
-import torch
 from transformers import TrainerCallback
 
 import forked
@@ -125,24 +124,6 @@ compare({given!r}, arms={ARMS[:2]!r}, seeds=1)
     assert [o.eval_loss for o in again] == pytest.approx([o.eval_loss for o in whole], rel=1e-5)
 
 
-def test_auto_plans_once(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import celora
-
-    plans: list[int] = []
-    make = celora.make_plan
-    monkeypatch.setattr(celora, "make_plan", lambda *a, **k: plans.append(1) or make(*a, **k))
-    given = settings(inputs, tmp_path / "out", fidelity=0.9, memory_limit=1)
-    found = compare(given, arms=("LoRA", "auto"), seeds=2)
-    assert len(plans) == 1
-    plan = json.loads((tmp_path / "out" / "auto-seed1" / "celora_plan.json").read_text())
-    assert (plan["fidelity"], plan["memory_limit"]) == (0.9, 2**20)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
-    assert compare(given, arms=("LoRA", "auto"), seeds=2) == found
-    with pytest.raises(CELoraError, match=r"torch has 77 here; run the comparison as it began .* another folder"):
-        compare(given, arms=("LoRA", "auto"), seeds=3)
-    assert not (tmp_path / "out" / "LoRA-seed2").exists()
-
-
 def test_goes_on_without_clipping_and_keeps_no_secret(inputs: Path, tmp_path: Path) -> None:
     for token in ("hf_first", "hf_second"):  # results do not depend on the token
         given = settings(inputs, tmp_path / "out", max_grad_norm="inf", max_steps=1, hub_token=token)
@@ -221,7 +202,7 @@ def test_the_first_arm_is_plain_whatever_the_settings_are_of(inputs: Path, tmp_p
 def test_an_arm_in_8_bits_is_judged_on_the_original_base(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    patch_all(monkeypatch, "celora.planning.fastest:_fastest", lambda own, *_: (own, {}))
+    patch_all(monkeypatch, "celora.runtime.gate:_fastest", lambda own, *_: (own, {}))
     found = compare(settings(inputs, tmp_path / "out"), arms=("LoRA", "fast"), seeds=1)
     for o in found:
         said = json.loads((tmp_path / "out" / f"{o.arm}-seed0" / "run.json").read_text())["summary"]
@@ -287,7 +268,6 @@ def test_a_folder_without_a_test_split_may_be_evaluated_on_what_is_held_out(inpu
         ({"preset": "auto"}, ARMS, "preset is not for a comparison"),
         ({"seed": 3}, ARMS, "seed is not for a comparison"),
         ({"push_to_hub": True}, ARMS, "push_to_hub is not for a comparison"),
-        ({"fidelity": 0.9}, ("LoRA", "exact"), "fidelity belongs to a plan, which none of the arms LoRA, exact has"),
         ({"data": "nowhere.jsonl"}, ARMS, "no such data file"),
     ],
 )

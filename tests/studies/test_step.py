@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from celora.modeling.switch import Mode
-from celora.runtime.attachment import FIRST_ROUND, find, require
+from celora.runtime.attachment import FIRST_ROUND, require
 from celora.studies.cells import Cell, make_batches
 from celora.studies.step import make_step
 from patching import patch_all
@@ -22,7 +22,7 @@ def test_every_arm_takes_the_same_steps(tmp_path: Path) -> None:
     batches = make_batches(SMALL)
     found = {}
     for arm in ("PEFT", "exact", "limit"):
-        step = make_step(SMALL, arm, batches, tmp_path / "plan.json", {})
+        step = make_step(SMALL, arm, tmp_path, {})
         for batch in batches:
             step(batch)
         found[arm] = torch.cat([p.detach().flatten() for p in step.model.parameters() if p.requires_grad])
@@ -38,7 +38,7 @@ def test_where_TRL_would_autocast_every_arm_computes_in_bfloat16(
     batches = make_batches(cell)
     for autocasts in (False, True):
         patch_all(monkeypatch, "celora.studies.step:autocasts", lambda model, said=autocasts: said)
-        step = make_step(cell, "PEFT", batches, tmp_path / "plan.json", {})
+        step = make_step(cell, "PEFT", tmp_path, {})
         adapter = next(module for name, module in step.model.named_modules() if name.endswith("lora_A.default"))
         adapter.register_forward_hook(lambda module, inputs, output: found.append((module.weight.dtype, output.dtype)))
         step(batches[0])
@@ -47,7 +47,7 @@ def test_where_TRL_would_autocast_every_arm_computes_in_bfloat16(
 
 def test_what_is_timed_comes_after_the_first_measurements(tmp_path: Path) -> None:
     batches = make_batches(SMALL)
-    step = make_step(SMALL, "paper", batches, tmp_path / "plan.json", {})
+    step = make_step(SMALL, "paper", tmp_path, {})
     step.settle(batches)
     attached = require(step.model)
     assert attached.clock.step == FIRST_ROUND
@@ -56,20 +56,10 @@ def test_what_is_timed_comes_after_the_first_measurements(tmp_path: Path) -> Non
 
 def test_arms_share_frozen_weights_and_no_others(tmp_path: Path) -> None:
     frozen: dict[str, torch.Tensor] = {}
-    steps = [make_step(SMALL, arm, [], tmp_path / "plan.json", frozen) for arm in ("PEFT", "PEFT upper half", "exact")]
+    steps = [make_step(SMALL, arm, tmp_path, frozen) for arm in ("PEFT", "PEFT upper half", "exact")]
     kept, trained = (
         [{p.data_ptr() for p in step.model.parameters() if p.requires_grad is trains} for step in steps]
         for trains in (False, True)
     )
     assert kept[0] == kept[1] == kept[2] == {weight.data_ptr() for weight in frozen.values()}
     assert all(a.isdisjoint(b) for a, b in itertools.combinations(trained, 2))
-
-
-def test_a_plan_is_made_once_and_shared(tmp_path: Path) -> None:
-    batches, plan = make_batches(SMALL), tmp_path / "plan.json"
-    first = make_step(SMALL, "plan", batches, plan, {})
-    written = plan.read_bytes()
-    again = make_step(SMALL, "plan", batches, plan, {})
-    assert plan.read_bytes() == written
-    assert require(first.model).report == require(again.model).report
-    assert find(make_step(SMALL, "PEFT", batches, plan, {}).model) is None

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 
 from celora.files import read_json, write_json
-from celora.modeling.report import AttachReport, LayerReport
-from celora.train.decisions import attached_text, decision_rows, estimator_rows, rank_line
+from celora.train.decisions import decision_rows, estimator_rows, rank_line
 from celora.train.report import make_page
 from celora.train.request.arguments import make_request
 from reports import run_folder
@@ -79,10 +78,3 @@ def test_the_lines_of_a_run(tmp_path) -> None:
     asked = {"model": "m", "data": "d", "output": str(tmp_path), "preset": "off", "lora_r": 16}
     assert rank_line(make_request(asked)) == "LoRA r = 16."
     assert "LoRA r = frozen factor r0 = 14" in rank_line(make_request(asked | {"preset": "paper"}))
-    layers = LayerReport("a", 2, 2, "dense", 1.0), LayerReport("b", 2, 2, "dense", 1.0, reason="4 bits")
-    report = AttachReport(layers, 200, notes=("A note.",))
-    assert attached_text(report, None) == str(report)
-    plan: Any = object()
-    assert attached_text(report, plan).splitlines() == [
-        "0 of 2 frozen layers estimated.", "Left exact, 1 layers: 4 bits.", "A note.",
-    ]  # fmt: skip

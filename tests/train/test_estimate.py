@@ -62,13 +62,6 @@ def test_rows_and_ways(ask):
     assert "<- celora takes this" in str(found)
 
 
-def test_a_request_for_a_plan_is_one_for_preset_auto(ask, inputs, tmp_path):
-    more = {"dtype": "float32", "gradient_checkpointing": False, "per_device_train_batch_size": 8}
-    assert {way.preset for way in ask(fidelity=0.998, **more).ways} == {"auto"}
-    request = make_request({**inputs, "output": str(tmp_path / "out"), "fidelity": 0.998, **more})
-    assert fitted(request, "64GiB")[0].options.fidelity == 0.998
-
-
 def test_the_table_has_what_is_taken_the_fastest_and_the_smallest_that_fit(ask):
     found = ask()
     peaks = sorted(way.peak_bytes for way in found.ways)
@@ -220,7 +213,6 @@ def test_targets_of_all_blocks_are_estimated(ask):
     ("more", "said"),
     [
         (["--output", "x"], "--output is not for celora estimate, which writes nothing"),
-        (["--fidelity", "0.9"], "--fidelity is not for celora estimate, which makes no plan"),
         (["--eval_data", "gone.jsonl"], "--eval_data is not for celora estimate, which looks at training alone"),
         (["--memory", "much"], "expected a size with its unit, like 8GiB"),
         (["--load_in_4bit"], "are not estimated; leave out --load_in_4bit"),

@@ -1,4 +1,4 @@
-"""Generated configurations, plans, rows and flags either work or give one line.
+"""Generated configurations, rows and flags either work or give one line.
 
 By default there are 300 cases in all. HYPOTHESIS_PROFILE=nightly runs 2,000, new ones every time.
 """
@@ -18,7 +18,6 @@ from unittest import mock
 
 import datasets
 import pytest
-import torch
 import typer
 from hypothesis import given
 from hypothesis import strategies as st
@@ -27,7 +26,6 @@ from celora.cli import app as app_module
 from celora.cli import main as cli
 from celora.cli import studies
 from celora.errors import CELoraError
-from celora.planning.plan import Candidate, Plan, PlannedLayer
 from celora.settings.config import CELoraConfig, LayerConfig
 from celora.studies import bench, compare, demo, doctor
 from celora.train import prepare, record, run
@@ -76,70 +74,6 @@ def test_configuration(values: dict[str, Any]) -> None:
         return one_line(error)
     assert CELoraConfig.from_dict(config.to_dict()) == config
     assert 0 < config.for_layer("model.layers.0.self_attn.q_proj").keep_ratio <= 1
-    return None
-
-
-# --- plans -----------------------------------------------------------------------------------------------------------
-
-
-def plan() -> dict[str, Any]:
-    candidates = (
-        Candidate(LayerConfig("dense", keep_ratio=1.0, rank=0), 1.0, 0.0),
-        Candidate(LayerConfig("tokens", keep_ratio=0.9, rank=0, selection="energy"), 0.5, 0.1, 4096),
-    )
-    layers = tuple(PlannedLayer(f"layers.{i}.up_proj", 8, 4, 0.5, candidates, i) for i in range(2))
-    return Plan(layers, 0.99, 0.995, 0.99, 0.6, 0.7, 64, "float32", "cpu", 1, torch.__version__, 0).to_dict()
-
-
-def places(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [at, *(place for key, child in inner for place in places(child, (*at, key)))]
-
-
-PLAN = plan()
-
-
-@st.composite
-def mutated_plans(draw: st.DrawFn) -> bytes:
-    """A plan with one or two values replaced, removed or doubled, or with changed bytes in its file."""
-    document = json.loads(json.dumps(PLAN))
-    for *to, key in draw(st.lists(st.sampled_from(places(PLAN)[1:]), min_size=1, max_size=2)):
-        parent = document
-        for step in to:
-            inside = step in parent if isinstance(parent, dict) else isinstance(parent, list) and step < len(parent)
-            parent = parent[step] if inside else None
-        if not isinstance(parent, dict | list):
-            continue  # the other change has removed this place
-        action = draw(st.sampled_from(["junk", "junk", "remove", "repeat"]))
-        if isinstance(parent, dict):
-            parent[key] = draw(JUNK)
-            if action == "remove":
-                del parent[key]
-        elif action == "repeat":
-            parent.extend(parent[key : key + 1])
-        else:
-            parent[key : key + 1] = [draw(JUNK)] if action == "junk" else []
-    content = json.dumps(document).encode()
-    if draw(st.integers(0, 3)) == 0:
-        at = draw(st.integers(0, len(content) - 1))
-        content = content[:at] + draw(st.binary(max_size=3)) + content[at + draw(st.integers(0, 2)) :]
-    return content
-
-
-@given(mutated_plans())
-def test_plans(content: bytes) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "plan.json"
-        file.write_bytes(content)
-        try:
-            loaded = Plan.load(file)
-            config = loaded.config()
-        except CELoraError as error:
-            return one_line(error)
-    assert str(loaded)
-    saved = json.dumps(loaded.to_dict())
-    assert json.dumps(Plan.from_dict(json.loads(saved)).to_dict()) == saved
-    assert set(config.overrides) == {f"={layer.name}" for layer in loaded.layers}
     return None
 
 
@@ -245,7 +179,6 @@ def _no_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for place, name, instead in (
         (run, "train", trained),
         (prepare, "audit_model", checked),
-        (prepare, "plan_model", checked),
         (compare, "compare", compared),
         (demo, "run_demo", lambda *_, **__: [demo.DemoRow("LoRA", 0, 0.9, 4, 1, 8, 10.0, 1.0, 1.0, 1, "float32", "2")]),
         (demo, "whole_way", lambda _: []),
@@ -274,7 +207,7 @@ def test_flags(call: tuple[str, list[list[str]]], flags: list[list[str]], docume
         file.write_text(json.dumps(document), encoding="utf-8")
         command, own = call
         needed = [["--model", "m"], ["--data", "d"], ["--output", str(Path(folder) / "out")]]
-        if command in ("train", "audit", "plan", "compare"):
+        if command in ("train", "audit", "compare"):
             own = needed + own + flags + ([["--config", str(file)]] if with_file else [])
         out, err = io.StringIO(), io.StringIO()
         with redirect_stdout(out), redirect_stderr(err):

@@ -129,7 +129,7 @@ def test_settings_that_exclude_each_other(inputs, tmp_path: Path, given: dict[st
 @pytest.mark.skipif(refuses(), reason="no 8-bit products here, so preset fast is exact")
 @pytest.mark.filterwarnings("ignore:celora. at step")  # estimates that draw from so few words are bad
 def test_a_run_on_a_base_in_8_bits_resumes_to_the_same_bits(inputs, tmp_path: Path, monkeypatch) -> None:
-    patch_all(monkeypatch, "celora.planning.fastest:_fastest", lambda own, *_: (own, {}))
+    patch_all(monkeypatch, "celora.runtime.gate:_fastest", lambda own, *_: (own, {}))
     settings = {"base": "int8", "preset": "fast", "celora": None, "lr_scheduler_type": "constant"}
     evaluated = {"eval_data": inputs["data"], "eval_strategy": "steps", "eval_steps": 3}
     result, said = go(inputs, tmp_path / "whole", **settings, **evaluated)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 
 import pytest
 
@@ -35,25 +34,6 @@ def test_where_the_time_goes_and_what_each_layer_gets(tmp_path):
         "tokens energy, keep ratio 0.5, cost 0.60, relative error not measured",
     ]
     assert "&lt;b&gt;plain" in page
-
-
-def test_what_only_the_plan_has_measured_is_told_as_such(tmp_path):
-    run = run_folder(tmp_path)
-    record = json.loads((run / "run.json").read_text())
-    planned = {f"model.layers.{block}.up_proj": 0.8 for block in range(3)}
-    summary = {"worst_relative_error": 0.3, "layers_measured": 2, "worst_planned_error": 0.8, "layers_not_measured": 1}
-    write_json(run / "run.json", record | {"planned_errors": planned, "summary": summary})
-    write_report(tmp_path / "r.html", {"a": run})
-    page = (tmp_path / "r.html").read_text(encoding="utf-8")
-    error = charts(page)[-1]["lines"][-1]
-    assert error["z"] == [[0.0] * 3, [0.2, 0.8, 0.3]]
-    told = "tokens energy, keep ratio 0.5, cost 0.60, relative error"
-    assert error["text"][1][:2] == [f"{told} 0.200", f"{told} 0.800 by the plan, not measured since"]
-    rows = dict(re.findall(r"<tr><th scope=row>([^<]*)</th><td>([^<]*)</td></tr>", page))
-    assert rows["worst relative error of a layer, measured at its latest refresh"] == "0.3"
-    assert rows["layers measured at a refresh"] == "2"
-    assert rows["worst relative error in the plan, of layers not measured since"] == "0.8"
-    assert rows["layers not measured since the plan"] == "1"
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,10 @@
-"""audit and plan see the batches and the configuration of training. They train nothing."""
+"""audit sees the batches and the configuration of training. It trains nothing."""
 
 from __future__ import annotations
 
 import pytest
 
-from celora.planning.candidates import EXACT
+from celora.runtime.gate import EXACT
 from celora.train import prepare
 from celora.train.request.arguments import make_request
 
@@ -35,7 +35,7 @@ def test_audit_reads_rows_with_the_tokenizer_that_the_adapter_was_trained_with(f
 
 @pytest.mark.parametrize("preset", ["auto", "fast"])
 def test_audit_judges_what_training_would_attach(preset, inputs, tmp_path, monkeypatch):
-    monkeypatch.setattr("celora.planning.fastest._fastest", lambda *_: (EXACT, {}))
+    monkeypatch.setattr("celora.runtime.gate._fastest", lambda *_: (EXACT, {}))
     request = make_request({**inputs, "output": str(tmp_path / "none"), "preset": preset})
     attached = []
     monkeypatch.setattr("celora.attach", lambda model, config: attached.append(config))

@@ -55,12 +55,6 @@ def test_settings(more, said, inputs, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("beside", ["fidelity", "memory_limit"])
-def test_a_plan_is_used_unchanged(beside):
-    with pytest.raises(CELoraError, match=f"{beside} beside a plan, which is used unchanged"):
-        parse(["--plan", "plan.json", f"--{beside}", "0.9"])
-
-
 def test_a_file_names_no_other_file(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("config: other.yaml")
@@ -175,9 +169,8 @@ def test_files_of_another_layout_say_what_to_write(name, text, said, inputs, tmp
 @pytest.mark.parametrize("batches", ["x", ["x"]])
 def test_what_is_no_batch(batches, model):
     celora.attach(model, "paper")
-    for ask in (celora.audit, celora.make_plan):
-        with pytest.raises(CELoraError, match="a batch is 'x'; expected a mapping with the model's arguments"):
-            ask(model, batches)
+    with pytest.raises(CELoraError, match="a batch is 'x'; expected a mapping with the model's arguments"):
+        celora.audit(model, batches)
 
 
 def test_answers_do_not_replace_their_questions(finished, tmp_path, capsys):

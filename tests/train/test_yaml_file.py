@@ -14,7 +14,7 @@ from asked import OWN, fails, write
 from celora.errors import CELoraError
 from celora.settings.config import CELoraConfig
 from celora.settings.presets import resolve
-from celora.train.request.arguments import PLANNING, make_request, parse, read_yaml
+from celora.train.request.arguments import make_request, parse, read_yaml
 from celora.train.request.yaml_file import set_environment
 from trl_fields import TRL_SFT
 
@@ -171,26 +171,3 @@ def test_off_is_off_whatever_the_file_says(tmp_path):
     assert (off.preset, off.config) == ("off", CELoraConfig.from_dict(resolve("off").to_dict()))
     with pytest.raises(CELoraError, match="estimator has no effect beside preset 'exact'"):
         parse(["--config", str(path)], {"preset": "exact"})
-
-
-@pytest.mark.parametrize(
-    ("text", "flags", "left"),
-    [
-        ("fidelity: 0.998", {"preset": "off"}, {}),
-        ("memory_limit: 64\nplan: plan.json", {"preset": "fast"}, {}),
-        ("plan: plan.json", {"fidelity": 0.99}, {"fidelity": 0.99}),
-        ("fidelity: 0.998\nmemory_limit: 64", {"plan": "other.json"}, {"plan": "other.json"}),
-        ("fidelity: 0.998", {"preset": "auto"}, {"fidelity": 0.998}),
-        ("fidelity: 0.998", {"memory_limit": 64}, {"fidelity": 0.998, "memory_limit": 64}),
-    ],
-)
-def test_a_plan_that_a_file_asks_for_gives_way_to_flags(text, flags, left, tmp_path):
-    path = write(tmp_path / "run.yaml", f"model: m\ndata: d\noutput: o\n{text}\n")
-    options = parse(["--config", path], flags).options
-    found = {name: getattr(options, name) for name in PLANNING}
-    assert {name: value for name, value in found.items() if value is not None} == left
-
-
-def test_a_file_that_contradicts_itself_about_a_plan_is_refused(tmp_path):
-    own = {**OWN, "config": write(tmp_path / "run.yaml", "preset: fast\nfidelity: 0.998\n")}
-    fails([], "fidelity is for preset auto, not for fast; leave one out", own=own)

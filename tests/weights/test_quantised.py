@@ -17,7 +17,7 @@ from celora.kernels import plain
 from celora.modeling.eight_bit import own_bytes
 from celora.modeling.survey import survey
 from celora.modeling.trial import trained_forward
-from celora.planning import fastest
+from celora.runtime import gate as gating
 from celora.runtime.attachment import require
 from celora.settings.presets import PRESETS
 from celora.weights.read import read
@@ -187,7 +187,7 @@ def test_the_gate_times_these_bytes_and_the_layer_s_own_forward(
     """celora's kernel for its own copies may be faster than the product of these bytes, or slower."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     seen: list[list[str]] = []
-    own, in_8_bits = fastest.trained_forward, plain.IntegersBothWays.multiply
+    own, in_8_bits = gating.trained_forward, plain.IntegersBothWays.multiply
 
     def ratios(contenders: Mapping[str, Callable[[], object]], **_: Any) -> dict[str, float]:
         for call in contenders.values():
@@ -199,10 +199,10 @@ def test_the_gate_times_these_bytes_and_the_layer_s_own_forward(
         return lambda *args: seen[-1].append(name) or before(*args)
 
     patch_all(monkeypatch, "celora.machine.timing:ratios", ratios)
-    monkeypatch.setattr(fastest, "trained_forward", noting("own", own))
+    monkeypatch.setattr(gating, "trained_forward", noting("own", own))
     monkeypatch.setattr(plain.IntegersBothWays, "multiply", noting("8 bits", in_8_bits))
     model = make_adapted(kind)
-    config = fastest.gate(survey(model), PRESETS["fast"]).config
+    config = gating.gate(survey(model), PRESETS["fast"]).config
     assert seen == [["own"], ["8 bits"], ["own"], ["own"]] * 4  # four shapes; `fast` is the first after `exact`
     assert {config.for_layer(name).forward for name in survey(model).layers} == {"int8"}
 
@@ -220,12 +220,12 @@ def test_another_version_of_the_package_is_timed_anew(
         return dict.fromkeys(contenders, 1.0)
 
     patch_all(monkeypatch, "celora.machine.timing:ratios", ratios)
-    monkeypatch.setattr(fastest, "disturbed", lambda _: "")
-    found, version = survey(make_adapted(kind)), fastest.package_version
+    monkeypatch.setattr(gating, "disturbed", lambda _: "")
+    found, version = survey(make_adapted(kind)), gating.package_version
     for _ in range(2):
-        fastest.gate(found, PRESETS["fast"])
+        gating.gate(found, PRESETS["fast"])
     assert len(timed) == 4
     package = kind.split()[0]
-    monkeypatch.setattr(fastest, "package_version", lambda name: "0" if name == package else version(name))
-    fastest.gate(found, PRESETS["fast"])
+    monkeypatch.setattr(gating, "package_version", lambda name: "0" if name == package else version(name))
+    gating.gate(found, PRESETS["fast"])
     assert len(timed) == 8

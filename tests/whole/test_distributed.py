@@ -60,7 +60,7 @@ def all_of_them(folder: Path, names: Collection[str], processes: int) -> Ran:
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
     return all_of_them(
-        tmp_path_factory.mktemp("two"), [*SCENARIOS, "unseen", "at odds", "planned", "labels", "uneven"], 2
+        tmp_path_factory.mktemp("two"), [*SCENARIOS, "unseen", "at odds", "chosen", "labels", "uneven"], 2
     )
 
 
@@ -184,9 +184,9 @@ def test_sharded_layers_become_exact_in_all_processes_or_in_none(ran):
         assert process["modes"] == 3  # one process has no token, and the others have some
 
 
-def test_all_processes_take_the_plan_of_the_first(ran):
-    """If processes plan or choose apart where they would wait for each other, celora refuses."""
-    first, second = ran["planned"]
+def test_all_processes_take_what_the_first_has_timed(ran):
+    """If processes choose apart where they would wait for each other, celora refuses."""
+    first, second = ran["chosen"]
     assert first["layers"] == second["layers"] != []
     assert "different configurations" in first["error"] == second["error"]
 

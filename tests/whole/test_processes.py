@@ -13,7 +13,6 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from celora.cli.main import main
-from celora.planning.planner import DEFAULT_FIDELITY
 from celora.train import processes
 from celora.train.progress import read_metrics
 from celora.train.request.arguments import parse
@@ -76,12 +75,8 @@ def silent() -> Console:
     return Console(file=io.StringIO())
 
 
-def test_the_plan_is_made_once_and_holds_for_all(ran):
-    folder, done = ran
-    assert done.stderr.count("planning: observing gradients") == 1
-    first, second = (json.loads((folder / f"plan.{rank}.json").read_text()) for rank in range(2))
-    assert first == second == json.loads((folder / "auto" / "celora_plan.json").read_text())
-    assert first["fidelity"] == DEFAULT_FIDELITY
+def test_what_is_timed_holds_for_all(ran):
+    folder, _ = ran
     first, second = (json.loads((folder / f"auto.{rank}.json").read_text()) for rank in range(2))
     assert (first["report"], first["config"]) == (second["report"], second["config"])
     assert len(losses(folder / "auto")) == 2

@@ -69,7 +69,6 @@ def estimate(
 
     own: dict[str, Any] = {"model": model, "data": data, "preset": preset, "base": base, "config": config}
     leave_out(context.args, ("output", "overwrite", "resume"), "celora estimate, which writes nothing")
-    leave_out(context.args, ("plan", "fidelity", "memory_limit"), "celora estimate, which makes no plan")
     leave_out(context.args, ("eval_data",), "celora estimate, which looks at training alone")
     request = parse(context.args, own | {"memory": memory, "output": "celora-estimate", "quiet": quiet})
     from celora.machine.timing import disturbed

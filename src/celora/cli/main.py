@@ -33,6 +33,7 @@ from celora.cli import measure, studies  # noqa: F401
 # isort: on
 from celora.cli.hush import hush
 from celora.errors import CELoraError, first_line, out_of_memory
+from celora.settings.names import GONE
 
 
 def main(arguments: Sequence[str] | None = None, *, began: float | None = None) -> int:
@@ -48,6 +49,8 @@ def main(arguments: Sequence[str] | None = None, *, began: float | None = None) 
     try:
         # typer would print its usage for a mistake; here every mistake is one line.
         given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+        if given[0] in GONE:
+            raise CELoraError(f"celora {given[0]} is gone: {GONE[given[0]]}")
         _check_once(given)
         status = _command().main(given, prog_name="celora", standalone_mode=False, obj=began)
     except CELoraError as error:

@@ -72,7 +72,6 @@ Reference = Annotated[
         "--reference", help="Also compare PEFT's and celora's gradients with the float32 gradient of the same weights."
     ),
 ]
-PlanFile = Annotated[str | None, typer.Option("--plan", help="A plan made by celora plan.")]
 Config = Annotated[
     str | None,
     typer.Option("--config", help="YAML file of settings, also one made for trl sft."),

@@ -50,8 +50,8 @@ Examples:
   celora compare --model ./model --data chats.jsonl --output out --max_steps 200
   celora compare --model ./model --data chats.jsonl --eval-data test.jsonl --output out --arm LoRA --arm auto --seeds 5
 
-To continue after an interruption, give the same command again. Every setting of celora train works, except preset, seed
-and plan."""
+To continue after an interruption, give the same command again. Every setting of celora train works, except preset
+and seed."""
 BENCH_HELP = """Measure whole training steps on this machine: PEFT as people use it, celora's presets, and the limit.
 
 The limit is PEFT without the products that celora estimates in the backward. It cannot train.

@@ -26,8 +26,6 @@ Examples:
 
 Ctrl-C stops at the end of the step and saves; a second one stops at once.
 
-Preset auto measures first and makes a plan if you give --fidelity 0.998. --plan plan.json uses a plan of celora plan.
-
 Every field of TRL's SFTConfig and the LoRA fields of its ModelConfig are accepted under their own names, here and in
 the YAML file (--bf16 false, --per-device-train-batch-size 4). --help-all lists them, with the defaults that differ from
 TRL's and why."""
@@ -92,7 +90,7 @@ def train(
 
 def _ending(request: Any, result: Any) -> str:
     """The lines printed after a run: its result, where the files are, and what to do next."""
-    from celora.train.wall_clock import SHOWN, spent
+    from celora.train.wall_clock import spent
 
     output, loss = str(result.output), result.summary.get("loss")
     shown = "" if loss is None else f"  loss {loss:.4f}"
@@ -111,7 +109,7 @@ def _ending(request: Any, result: Any) -> str:
         then = f"celora audit {inputs} --adapter {quoted(output)}   # how much of the gradient the estimate keeps"
     else:
         then = f"celora compare {inputs} --output {quoted(f'{output}-compared')}   # against plain LoRA"
-    parts = [f"{SHOWN.get(part, part)} {s:.1f} s" for part, s in spent(result.summary).items() if s >= 0.05]
+    parts = [f"{part} {s:.1f} s" for part, s in spent(result.summary).items() if s >= 0.05]
     where = f"Wall-clock: {', '.join(parts)}\n" if parts and result.status == "finished" else ""
     if (seconds := result.summary.get("train_seconds_of_peft")) is not None:
         where += f"With PEFT alone, train would have taken about {seconds:.1f} s (measured on batches of this run).\n"

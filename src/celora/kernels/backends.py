@@ -77,7 +77,7 @@ def register(operation: str, backend: Backend) -> None:
 
 @contextmanager
 def torch_alone() -> Iterator[None]:
-    """For a while torch's operators compute everything, also what is slow here: as on a GPU for which there is no plan.
+    """For a while torch's operators compute everything, also what is slow here: as on a GPU.
 
     Sums of 8-bit products may overflow on this CPU. This is for counting bytes.
     """

@@ -87,7 +87,7 @@ def device_name(device: torch.device) -> str:
 
 
 def measured_on(device: torch.device) -> str:
-    """The device as a plan knows it: `device_name`, and whether products are AMX's.
+    """`device_name`, and whether products are AMX's.
 
     A hypervisor or oneDNN's limit may leave a CPU without its AMX, and products then take another time.
     """

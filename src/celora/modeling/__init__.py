@@ -3,4 +3,4 @@
 Start with `survey`, which says what is found in a model, and `families`, which says what is known beforehand.
 
 Belongs here: hooks, grafts, recognition of layers, heads and families. Does not belong here: optimizer steps and
-refreshes (`runtime`), measuring and choosing (`planning`). May import: everything down to settings."""
+refreshes, audits and the gate (`runtime`). May import: everything down to settings."""

@@ -89,8 +89,8 @@ class Int8Linear(nn.Linear):
     def packed(self) -> BothWays:
         """The packed weight that multiplies with these bytes, without a copy.
 
-        Bytes that lie row by row are torch's and Triton's alike. Which of them multiplies may change: a plan may be
-        made after the layer, or the layer moved to another GPU.
+        Bytes that lie row by row are torch's and Triton's alike. Which of them multiplies may change: the
+        layer may be moved to another GPU.
         """
         device = self.W_q.device
         by_rows = issubclass(self.layout, IntegersBothWays) and not torch.compiler.is_compiling()

@@ -1,7 +1,7 @@
 """The survey of a model: its adapted layers and the language model around them, as plain data.
 
 The result of `survey(model)` says what can be estimated, fused, packed or scored, and why not.
-`attach`, the planner, FSDP2 and the notes of a report read it.
+`attach`, the gate, FSDP2 and the notes of a report read it.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import dataclasses
 import warnings
 import weakref
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -34,13 +34,6 @@ TOO_OFTEN = 2  # after so many refreshes in a row with a relative error of 1 or 
 attachments: weakref.WeakSet[Attachment] = weakref.WeakSet()
 
 
-class Planned(Protocol):
-    """What an attachment needs from a plan."""
-
-    def other_batches(self, tokens: int, dtype: str) -> str:
-        """Why the plan does not suit batches with so many tokens in this dtype; '' if it does."""
-
-
 class Attachment:
     """The estimators of one model and the clock that refreshes them.
 
@@ -50,7 +43,6 @@ class Attachment:
         forward: the graft of the whole language model; None where the model computes its own loss.
         forwards: the forwards in 8 bits of single layers and of the head.
         ladder: the changes that refreshes made to what layers keep (`most_error` of the configuration).
-        plan: the plan that the configuration was made from, or None.
         for_a_training: whether an integration made it. A training that is interrupted does not detach it.
         timed: whether the configuration is preset `auto` or `fast` as times on this machine have settled it.
     """
@@ -67,7 +59,6 @@ class Attachment:
         self.forward: ModelGraft | None = None
         self.relative_errors: dict[str, float] = {}
         self.over_bound: dict[str, int] = {}
-        self.plan: Planned | None = None
         self.other_steps = 0  # steps of optimizers without any parameter of the model
         self._observations = 0  # observations before the latest such step
         self._refreshed: set[str] = set()  # layers that should have observed a gradient, even if none came
@@ -291,16 +282,13 @@ class Attachment:
                 )
 
     def _check_chosen(self) -> None:
-        """Warn if the model was moved since `attach`, or if the first batches differ from the batches of the plan."""
+        """Warn if the model was moved since `attach`."""
         if self.grafts and self._chosen_on not in (here := self._device().type, "meta"):
             warnings.warn(
                 f"celora: this model was on {self._chosen_on} when celora was attached and trains on {here}, but its "
                 f"estimates were chosen for {self._chosen_on}. Attach after the model is moved: a Trainer moves it.",
                 stacklevel=2,
             )
-        seen = max(((graft.tokens, graft.dtype) for graft in self.grafts.values() if graft.observed), default=None)
-        if self.plan is not None and seen is not None and (reason := self.plan.other_batches(*seen)):
-            warnings.warn(f"celora: {reason}. Make a new plan.", stacklevel=2)
 
     def _monitor(self, name: str, error: float, step: int) -> None:
         """Record a layer's error. Warn if it is 1 or more: convergence is only proven for errors below 1."""

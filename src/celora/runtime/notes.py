@@ -70,9 +70,9 @@ def whole_model_notes(
             notes.append(f"Padding stays: {stays}." if stays else "Padding left out of training batches.")
     named = [name for name in found.layers if config.overrides.get(f"={name}", {}).get("estimator") == "dense"]
     if exact := sum(config.for_layer(name).estimator == "dense" for name in named):
-        notes.append(
-            f"{exact} of {len(found.layers)} layers are exact: no estimate was clearly faster, or the plan says so."
-        )
+        on_gpu = config.forward == "exact" and any(layer.device.type == "cuda" for layer in found.layers.values())
+        why = "what estimates gain on a GPU was not measured" if on_gpu else "no estimate was clearly faster"
+        notes.append(f"{exact} of {len(found.layers)} layers are exact: {why}.")
     if estimates and config.most_error is not None:
         notes.append(
             f"Refreshes measure each estimate's relative error: beyond {config.most_error:g} a layer becomes exact, "

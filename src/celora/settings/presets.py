@@ -8,6 +8,7 @@ from typing import Any
 
 from celora.errors import CELoraError, unknown
 from celora.settings.config import LAYER_FIELDS, CELoraConfig
+from celora.settings.names import GONE
 
 # The backward of presets `auto` and `fast`: in every layer 8-bit products of the tokens that carry 0.9997 of the
 # gradient's energy, and a tenth of the words for the head.
@@ -37,7 +38,7 @@ PRESETS: dict[str, CELoraConfig] = {
     "exact": CELoraConfig(
         estimator="dense", fused=True, labelled_head=True, padding_free=True, zero_tokens=True, spread=True
     ),
-    # The frame of preset auto: `by_rule` fills in its rule, or a plan (celora.make_plan) gives its layers as overrides.
+    # The frame of preset auto: `by_rule` fills in its rule.
     "auto": CELoraConfig(estimator="dense", spread=True, fused=True, labelled_head=True, padding_free=True),
     # Every frozen layer in 8 bits, forward and backward.
     "fast": CELoraConfig(
@@ -52,7 +53,7 @@ PRESETS: dict[str, CELoraConfig] = {
     "off": CELoraConfig(estimator="dense"),
 }
 
-# The rule of preset auto without a plan.
+# The rule of preset auto.
 RULE: Mapping[str, Any] = {**_BACKWARD, "zero_tokens": True, "most_error": 0.05}
 
 
@@ -77,9 +78,7 @@ def resolve(config: str | CELoraConfig, changes: Mapping[str, Any] | None = None
         raise CELoraError(f"config={config!r}; expected a CELoraConfig or one of: {', '.join(sorted(PRESETS))}.")
     if isinstance(config, str):
         if config.endswith(".json"):
-            raise CELoraError(
-                f"{config!r} is a file; give celora.Plan.load(...) or celora.CELoraConfig.load(...) of it."
-            )
+            raise CELoraError(f"{config!r} is a file; give celora.CELoraConfig.load(...) of it.")
         if config not in PRESETS:
             raise unknown("preset", config, PRESETS)
         config = PRESETS[config]
@@ -93,6 +92,8 @@ def resolve(config: str | CELoraConfig, changes: Mapping[str, Any] | None = None
             )
         if name in LAYER_FIELDS or name == "overrides":
             raise CELoraError(f"{name} is a setting of layers; give a CELoraConfig, with overrides for some of them.")
+        if name in GONE:
+            raise CELoraError(f"{name} is gone: {GONE[name]}.")
         if name not in whole:
             raise unknown("setting", name, whole)
     if changes.get("labelled_head") is False:

@@ -62,12 +62,11 @@ def measure(
     batches = make_batches(cell)
     runnable = [arm for arm in arms if not not_runnable(arm)]
     with tempfile.TemporaryDirectory() as scratch:
-        plan_file = Path(scratch) / "plan.json"
         steps: dict[str, Step] = {}
         frozen: dict[str, Tensor] = {}
         for arm in (arm for arm in runnable if arm not in PATCHING):
             say(f"{cell.model}, {cell.data}, {cell.dtype}: preparing {arm}")
-            steps[arm] = make_step(cell, arm, batches, plan_file, frozen)
+            steps[arm] = make_step(cell, arm, Path(scratch), frozen)
             steps[arm].settle(batches)
         say(f"{cell.model}, {cell.data}, {cell.dtype}: timing")
         times = take_turns(steps, batches, repeats)
@@ -81,7 +80,7 @@ def measure(
         for arm in (arm for arm in runnable if memory or arm in PATCHING):
             say(f"{cell.model}, {cell.data}, {cell.dtype}: {arm} alone")
             try:
-                found = _alone(cell, arm, plan_file, repeats)
+                found = _alone(cell, arm, Path(scratch), repeats)
             except CELoraError as error:
                 failed[arm] = str(error)
                 continue
@@ -127,12 +126,12 @@ def _relative(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def _alone(cell: Cell, arm: str, plan_file: Path, repeats: int) -> dict[str, Any]:
-    """A process that takes a few steps of this arm: its `peak` memory in bytes, without loading and planning.
+def _alone(cell: Cell, arm: str, folder: Path, repeats: int) -> dict[str, Any]:
+    """A process that takes a few steps of this arm: its `peak` memory in bytes, without loading.
 
     Of an arm that patches Transformers also the `times` of its steps, and the bytes `saved` for backward.
     """
-    asked = json.dumps({"cell": asdict(cell), "arm": arm, "plan": str(plan_file), "repeats": repeats})
+    asked = json.dumps({"cell": asdict(cell), "arm": arm, "folder": str(folder), "repeats": repeats})
     command, place = of_module(__name__, asked)
     done = subprocess.run(command, env=place, capture_output=True, text=True, check=False)
     if done.returncode != 0:
@@ -145,7 +144,7 @@ def _alone(cell: Cell, arm: str, plan_file: Path, repeats: int) -> dict[str, Any
 def _run_alone(asked: dict[str, Any]) -> dict[str, Any]:
     cell = Cell(**asked["cell"])
     batches = make_batches(cell)
-    step = make_step(cell, asked["arm"], batches, Path(asked["plan"]), {})
+    step = make_step(cell, asked["arm"], Path(asked["folder"]), {})
     forget_peak(step.model.device)
     for batch in batches[:4]:
         step(batch)

@@ -20,15 +20,14 @@ from rich.console import Console
 
 from celora.errors import CELoraError, Diverged, unknown
 from celora.files import json_lines, read_json, replacing, write_json, write_text
-from celora.planning.plan import Plan
 from celora.studies.outcomes import Outcome, cells, findings
 from celora.train.dtype import settle_dtype
 from celora.train.fingerprint import check_same, fingerprints
 from celora.train.loading import load_tokenizer, quiet_libraries, training_rows, with_folder
-from celora.train.output.folder import LOCK, PLAN, RUN, OutputFolder, writing_to
+from celora.train.output.folder import LOCK, RUN, OutputFolder, writing_to
 from celora.train.progress import progress_console
 from celora.train.report import write_report
-from celora.train.request.arguments import PLANNING, TrainRequest, fitting, make_request, recorded, sft_config
+from celora.train.request.arguments import TrainRequest, fitting, make_request, recorded, sft_config
 from celora.train.run import train
 
 # Arms by name, with the settings in which they differ.
@@ -70,13 +69,11 @@ def compare(
             raise unknown("arm", arm, ARMS)
     if len(set(arms)) != len(arms) or len(arms) < 2:
         raise CELoraError(f"arms {', '.join(arms)}; expected two or more different ones of: {', '.join(ARMS)}.")
-    for name in ("preset", "seed", "resume", "overwrite", "plan"):
+    for name in ("preset", "seed", "resume", "overwrite"):
         if settings.get(name):
             raise CELoraError(f"{name} is not for a comparison, which sets it for each run; leave it out.")
     if settings.get("memory"):
         raise CELoraError("memory is not for a comparison: it would give each arm another base; leave it out.")
-    if "auto" not in arms and (given := [name for name in PLANNING if settings.get(name) is not None]):
-        raise CELoraError(f"{given[0]} belongs to a plan, which none of the arms {', '.join(arms)} has; leave it out.")
     probe = make_request(dict(settings))
     if probe.train.get("push_to_hub"):
         raise CELoraError("push_to_hub is not for a comparison: each run would replace the one before; leave it out.")
@@ -94,8 +91,6 @@ def _compare(
     output = probe.output
     with quiet_libraries():
         data = _split(probe, output, console) | {"dtype": _dtype(probe, output, console)}
-        if "auto" in arms:
-            _check_plan(output, probe, seeds)
 
     outcomes: list[Outcome] = []
     for seed in range(seeds):
@@ -106,9 +101,6 @@ def _compare(
                 console.print(f"Run {len(outcomes) + 1} of {len(arms) * seeds}: {arm}, seed {seed}{left}", markup=False)
             folder = output / f"{arm}-seed{seed}"
             own = _own(settings, arm) | data | {"seed": seed, "output": str(folder)}
-            plan = output / f"{arm}-seed0" / PLAN
-            if own["preset"] == "auto" and seed > 0 and plan.is_file():
-                own["plan"] = str(plan)  # one plan is enough: model, machine and shapes are the same for all seeds
             try:
                 outcomes.append(_run(arm, seed, own, folder, console))
             except CELoraError as error:
@@ -211,17 +203,6 @@ def _dtype(request: TrainRequest, output: Path, console: Console) -> str:
     if not request.options.quiet:
         console.print(line, markup=False, soft_wrap=True)
     return str(settled.lora["dtype"])
-
-
-def _check_plan(output: Path, request: TrainRequest, seeds: int) -> None:
-    """Refuse a plan that was made on another machine at once, before the run that needs it begins."""
-    plan, *others = (output / f"auto-seed{seed}" / PLAN for seed in range(seeds))
-    if not plan.is_file() or all(other.is_file() for other in others):  # a run that has begun keeps its own plan
-        return
-    if reason := Plan.load(plan).elsewhere(sft_config(request).device):
-        raise CELoraError(
-            f"{reason}; run the comparison as it began (OMP_NUM_THREADS sets the threads), or choose another folder"
-        )
 
 
 def _run(arm: str, seed: int, own: dict[str, Any], folder: Path, console: Console) -> Outcome:

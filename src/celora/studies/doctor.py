@@ -122,9 +122,8 @@ def advise(found: dict[str, Any]) -> list[str]:
     for name in ("int8", "fp8"):
         if (time := times.get(f"{dtype} {name}")) is not None:
             ratio = time / times[f"{dtype} native"]
-            then = "preset auto can use them" if ratio < _FASTER else "preset auto will leave them alone"
-            if ratio < _FASTER and found["device"]["type"] != "cpu":
-                then += ", with a plan made on this device"
+            preset = "auto" if found["device"]["type"] != "cuda" else "fast"  # on a GPU, auto estimates nothing
+            then = f"preset {preset} {'can use them' if ratio < _FASTER else 'will leave them alone'}"
             lines.append(f"{name} products take {ratio:.2f} of {dtype}'s time, everything included: {then}.")
         elif reason := found["products"]["unavailable"].get(name):
             lines.append(f"No {name} products: {reason}.")

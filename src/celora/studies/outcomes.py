@@ -27,7 +27,7 @@ class Outcome:
             if training diverged.
         eval_accuracy: share of held-out tokens that are predicted, given the true tokens before them, on the original
             base model.
-        seconds: wall-clock of the training without planning.
+        seconds: wall-clock of the training.
     """
 
     arm: str

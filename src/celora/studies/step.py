@@ -24,7 +24,6 @@ from celora.modeling.graft import LayerGraft
 from celora.modeling.survey import survey
 from celora.modeling.switch import Mode, Switch
 from celora.numerics.estimators import Dense
-from celora.planning.plan import Plan
 from celora.runtime.attachment import find
 from celora.studies.assets import demo_model
 from celora.studies.cells import LINEAR, SMOLLM2, Batch, Cell, make_model
@@ -36,8 +35,7 @@ ARMS = {
     "exact": "celora's preset exact",
     "exact + compile": "the same with torch.compile, where only the fused adapters of exact remain",
     "paper": "celora's preset paper",
-    "auto": "celora's preset auto without a plan, as a run begins",
-    "plan": "preset auto with a plan, at the default fidelity",
+    "auto": "celora's preset auto, as a run begins",
     "fast": "celora's preset fast",
     "limit": "PEFT with a free grad_input of its adapted layers (zeros: does not train)",
     "limit of exact": "preset exact with the same free grad_input",
@@ -131,11 +129,11 @@ def take_turns(
     return times
 
 
-def make_step(cell: Cell, arm: str, batches: Sequence[Batch], plan_file: Path, frozen: dict[str, Tensor]) -> Step:
+def make_step(cell: Cell, arm: str, folder: Path, frozen: dict[str, Tensor]) -> Step:
     """The step of an arm, with a model of its own.
 
-    Arm `plan` reads its plan from `plan_file`, or makes it and writes it there. Models share their frozen weights
-    through `frozen`, so that many arms of a large model fit into memory: the first fills it, the others use it.
+    `folder`: Trainer needs an output folder. Models share their frozen weights through `frozen`, so that many arms of a
+    large model fit into memory: the first fills it, the others use it.
     """
     model: Any = _unsloth(cell) if arm == "Unsloth" else make_model(cell, upper=arm == "PEFT upper half")
     if arm != "Unsloth":  # Unsloth changes the weights that it loads
@@ -143,17 +141,13 @@ def make_step(cell: Cell, arm: str, batches: Sequence[Batch], plan_file: Path, f
             if not p.requires_grad:
                 p.data = frozen.setdefault(name.replace(".base_layer", ""), p.data)
     model.train()
-    attach_arm(model, arm, batches, plan_file)
-    return Step(model, plan_file.parent, compiled=arm.endswith("+ compile"))
+    attach_arm(model, arm)
+    return Step(model, folder, compiled=arm.endswith("+ compile"))
 
 
-def attach_arm(model: PeftModel, arm: str, batches: Sequence[Batch], plan_file: Path) -> None:
+def attach_arm(model: PeftModel, arm: str) -> None:
     """Attach what an arm is named for to a PEFT model; nothing for arm `PEFT`."""
-    if arm == "plan":
-        plan = Plan.load(plan_file) if plan_file.exists() else celora.make_plan(model, batches)
-        plan.save(plan_file)
-        celora.attach(model, plan)
-    elif arm in ("auto", "exact", "exact + compile", "paper", "fast"):
+    if arm in ("auto", "exact", "exact + compile", "paper", "fast"):
         celora.attach(model, arm.removesuffix(" + compile"))
     elif arm in ("limit", "limit of exact"):
         if arm == "limit of exact":

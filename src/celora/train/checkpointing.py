@@ -16,7 +16,7 @@ import torch
 
 from celora.machine.memory import available_memory, saved_for_backward
 from celora.machine.processes import any_of_them
-from celora.planning.gradients import trainable, training, untouched
+from celora.runtime.gradients import trainable, training, untouched
 from celora.train.processes import processes_here
 from celora.train.progress import Phases
 from celora.train.rows.truncation import row_lengths

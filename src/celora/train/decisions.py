@@ -9,8 +9,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from celora.modeling.report import AttachReport
-from celora.planning.plan import Plan
 from celora.train.charts import is_number
 from celora.train.request.arguments import TrainRequest
 
@@ -25,25 +23,10 @@ def rank_line(request: TrainRequest) -> str:
     )
 
 
-def attached_text(attached: AttachReport, plan: Plan | None) -> str:
-    """What is estimated, and how. With a plan only a summary: the plan's own table has the measured times."""
-    if plan is None:
-        return str(attached)
-    reasons = Counter(attached.skipped.values())
-    return "\n".join(
-        [
-            f"{len(attached.estimated)} of {len(attached.layers)} frozen layers estimated"
-            + (f", refreshed every {attached.refresh_every} optimizer steps." if attached.estimated else "."),
-            *(f"Left exact, {count} layers: {reason}." for reason, count in reasons.items()),
-            *attached.notes,
-        ]
-    )
-
-
 def estimator_rows(record: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration that trained.
 
-    Layers that an override names alone are counted: a plan or the gate names up to all of them.
+    Layers that an override names alone are counted: the gate names up to all of them.
     """
     config = record.get("settled") or {}
     rows = {key: value for key, value in config.items() if key != "overrides"}

@@ -70,12 +70,8 @@ def layer_map(name: str, record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _cells(record: Mapping[str, Any]) -> Cells:
-    """Estimator, keep ratio, cost and error of each layer. The error is the plan's until a refresh measures one."""
-    measured, planned = (
-        {layer: error for layer, error in (record.get(key) or {}).items() if is_number(error)}
-        for key in ("errors", "planned_errors")
-    )
-    errors = planned | measured
+    """Estimator, keep ratio, cost and error of each layer."""
+    errors = {layer: error for layer, error in (record.get("errors") or {}).items() if is_number(error)}
     cells: Cells = {}
     layers = record["layers"]
     for layer, kind, block in zip(layers, *_kinds([str(layer["name"]) for layer in layers]), strict=True):
@@ -86,7 +82,6 @@ def _cells(record: Mapping[str, Any]) -> Cells:
             "keep ratio": float(layer["keep_ratio"]),
             "cost": float(layer["cost"]),
             "error": 0.0 if layer["estimator"] == "dense" else errors.get(layer["name"]),
-            "planned": layer["name"] in planned and layer["name"] not in measured,
         }
     return cells
 
@@ -150,5 +145,4 @@ def _views(cells: Cells, blocks: Sequence[int]) -> list[dict[str, Any]]:
 def _told(cell: Mapping[str, Any]) -> str:
     """The text shown when the pointer rests on a layer."""
     error = "not measured" if cell["error"] is None else f"{cell['error']:.3f}"
-    error += " by the plan, not measured since" if cell["planned"] else ""
     return f"{cell['estimator']}, keep ratio {cell['keep ratio']:g}, cost {cell['cost']:.2f}, relative error {error}"

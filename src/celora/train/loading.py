@@ -21,7 +21,6 @@ from trl import ModelConfig, get_quantization_config
 
 from celora.errors import CELoraError, unknown
 from celora.files import read_json
-from celora.planning.plan import Plan
 from celora.train.int8_loading import complete, load_int8_model
 from celora.train.processes import is_first
 from celora.train.request.arguments import TrainRequest
@@ -30,14 +29,12 @@ from celora.train.rows.places import local_files
 from celora.weights.read import shape_of
 
 
-def check_files(request: TrainRequest, *, resumed: bool) -> None:
+def check_files(request: TrainRequest) -> None:
     """Report a mistake in the names of the user's files before anything large is loaded or converted."""
     options = request.options
     local_files(request.data, options.dataset_train_split)
     if options.eval_data is not None:
         local_files(options.eval_data, options.dataset_test_split)
-    if options.plan is not None and not resumed:  # a resumed run has a copy of its own
-        Plan.load(options.plan)
 
 
 def with_folder(request: TrainRequest, say: Callable[[str], None] | None = None) -> TrainRequest:

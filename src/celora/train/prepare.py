@@ -1,4 +1,4 @@
-"""What `celora plan` and `celora audit` share: they build the trainer of a request, and do not train it."""
+"""What `celora audit` and `celora estimate` share: they build the trainer of a request, and do not train it."""
 
 from __future__ import annotations
 
@@ -9,12 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Console
-
 import celora
-from celora.planning.plan import Plan
 from celora.runtime.state import saved_config
 from celora.settings.config import CELoraConfig
+from celora.train.choose import settled
 from celora.train.dtype import settle_dtype
 from celora.train.loading import (
     check_modules,
@@ -27,25 +25,16 @@ from celora.train.loading import (
     with_folder,
 )
 from celora.train.output.folder import CONFIG
-from celora.train.planning import make_plan, settled
 from celora.train.request.arguments import TrainRequest, sft_config
 from celora.train.rows.places import local_files
 from celora.train.trainer import build_trainer, check_tokens, refused
 from celora.train.use.trained import tokenizer_of
 
-# Plan, audit and estimate evaluate, save and send nothing, whatever a settings file written for training says.
+# Audit and estimate evaluate, save and send nothing, whatever a settings file written for training says.
 MEASURES_ONLY = {
     "eval_strategy": "no", "eval_on_start": False, "load_best_model_at_end": False, "save_strategy": "no",
     "push_to_hub": False, "report_to": "none",
 }  # fmt: skip
-
-
-def plan_model(
-    request: TrainRequest, *, rows: int | None, adapter: Path | None, console: Console, forward: bool = False
-) -> Plan:
-    """`celora.make_plan` for a new adapter, or for the one in `adapter`. It sees the batches of training."""
-    with prepared(request, rows, adapter) as (trainer, _), refused("plan"):
-        return make_plan(request, trainer, console, forward=forward)
 
 
 def audit_model(
@@ -58,7 +47,7 @@ def audit_model(
     """`celora.audit` of a new adapter, or of the one in `adapter`. It sees the first batch of training."""
     with prepared(request, rows, adapter) as (trainer, config), refused("audit"):
         if request.preset in ("auto", "fast") and config is request.config:
-            config = settled(request, trainer, Console(stderr=True, quiet=True)).config
+            config = settled(request, trainer).config
         celora.attach(trainer.model, config)
         batch = next(iter(trainer.get_train_dataloader()))
         return celora.audit(trainer.model, batch, reference=reference)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TextIO, cast
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from celora.errors import CELoraError
@@ -161,7 +161,7 @@ class MetricsWriter(StepTimer):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         self._start = time.perf_counter()
         self._last = (0, 0.0, int(state.num_input_tokens_seen))
-        give_back_freed_memory()  # what loading, planning or another run has freed
+        give_back_freed_memory()  # what loading or another run has freed
         forget_peak(args.device)
 
     def on_log(
@@ -268,27 +268,3 @@ class ProgressLine(StepTimer):
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         self.close()
-
-
-class PlanProgress:
-    """Shows the progress of `celora.make_plan`: a bar on a terminal, a plain line for each stage elsewhere."""
-
-    def __init__(self, console: Console, *, quiet: bool = False) -> None:
-        self._console, self._quiet = console, quiet
-        columns = (TextColumn("planning: {task.description}"), BarColumn(), TimeRemainingColumn())
-        self._bar = Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal)
-        self._task = self._bar.add_task("starting", total=1.0)
-        self._stage = ""
-
-    def __call__(self, what: str, share: float) -> None:
-        self._bar.update(self._task, description=what, completed=share)
-        if not self._quiet and not self._console.is_terminal and what != self._stage:
-            self._console.print(f"planning: {what} ...", highlight=False, markup=False)
-        self._stage = what
-
-    def __enter__(self) -> PlanProgress:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()

@@ -106,18 +106,12 @@ def summarise(trainer: Any, metrics: MetricsWriter, attached: Any) -> dict[str, 
     }
 
 
-def worst(errors: dict[str, float], planned_errors: dict[str, float]) -> dict[str, Any]:
-    """The largest relative error that refreshes measured, and the largest planned error of the layers not measured.
+def worst(errors: dict[str, float]) -> dict[str, Any]:
+    """The largest relative error that refreshes measured.
 
     The first refresh of a layer has nothing to compare with, so a short run measures few layers.
     """
-    rest = [error for name, error in planned_errors.items() if name not in errors]
-    return {
-        "layers_measured": len(errors),
-        "worst_relative_error": max(errors.values(), default=None),
-        "layers_not_measured": len(rest),
-        "worst_planned_error": max(rest, default=None),
-    }
+    return {"layers_measured": len(errors), "worst_relative_error": max(errors.values(), default=None)}
 
 
 def of_forwards(errors: dict[str, float], made_exact: Collection[str]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from celora.train.decisions import decision_rows, estimator_rows
 from celora.train.layer_map import can_be_drawn, distinct_layers, layer_map
 from celora.train.output.folder import METRICS, RUN
 from celora.train.progress import read_metrics
-from celora.train.wall_clock import PARTS, SHOWN, spent
+from celora.train.wall_clock import PARTS, spent
 
 EVERY_S = 30  # seconds between two reports of a running run, and after which the open page reloads itself
 
@@ -43,8 +43,6 @@ _SUMMARY = {
     "layers_measured": "layers measured at a refresh",
     "worst_forward_error": "worst relative error of a forward in 8 bits, measured at its latest refresh",
     "forwards_made_exact": "forwards in 8 bits that became exact, because of their error",
-    "worst_planned_error": "worst relative error in the plan, of layers not measured since",
-    "layers_not_measured": "layers not measured since the plan",
 }
 
 
@@ -94,7 +92,7 @@ def make_page(
         _table("Summary", {label: {n: c.get(key) for n, c in columns.items()} for key, label in _SUMMARY.items()}),
         _table(
             "Wall-clock of the latest call, s",
-            {SHOWN.get(part, part): {n: s.get(part) for n, s in parts.items()} for part in PARTS} | peft,
+            {part: {n: s.get(part) for n, s in parts.items()} for part in PARTS} | peft,
         ),
         _table(
             "Configuration",
@@ -129,7 +127,7 @@ def _record(source: Path | Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     record = read_json(source / RUN)
     if not isinstance(record, dict):
         return {}
-    kinds = dict.fromkeys(("given", "config", "settled", "versions", "machine", "errors", "planned_errors"), dict)
+    kinds = dict.fromkeys(("given", "config", "settled", "versions", "machine", "errors"), dict)
     readable = {key: value for key, value in record.items() if isinstance(value, kinds.get(key, object))}
     return readable if can_be_drawn(readable.get("layers")) else readable | {"layers": []}
 

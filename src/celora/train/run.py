@@ -22,7 +22,8 @@ from celora.machine.processes import from_first
 from celora.modeling.report import AttachReport
 from celora.runtime.attachment import require
 from celora.train.checkpointing import choose_checkpointing
-from celora.train.decisions import attached_text, rank_line
+from celora.train.choose import Chosen, choose
+from celora.train.decisions import rank_line
 from celora.train.dtype import settle_dtype
 from celora.train.fingerprint import check_same, fingerprints
 from celora.train.forecast.estimate import fitted
@@ -41,9 +42,8 @@ from celora.train.loading import (
     with_folder,
 )
 from celora.train.output.card import Card
-from celora.train.output.folder import CONFIG, METRICS, PLAN, REPORT, RUN, OutputFolder, writing_to
+from celora.train.output.folder import CONFIG, METRICS, REPORT, RUN, OutputFolder, writing_to
 from celora.train.output.saving import UNUSABLE, Sealing, save_adapter, stopped, take_over, upload
-from celora.train.planning import Chosen, choose, planned_errors
 from celora.train.processes import introduce_deepspeed, is_first, losing_contact, processes
 from celora.train.progress import MetricsWriter, ProgressLine, progress_console, say
 from celora.train.record import TrainResult, is_evaluated, longer, make_record, of_forwards, summarise, worst
@@ -167,10 +167,10 @@ def _enter(request: TrainRequest, stack: ExitStack) -> _Entered:
 def _prepare(run: _Entered, console: Console, clock: WallClock) -> _Ready:
     """Load model, tokenizer and rows, make the trainer and attach celora. Prints a line about each decision."""
     request, earlier, first = run.request, run.earlier, is_first()
-    check_files(request, resumed=earlier is not None)
+    check_files(request)
     quiet, asked = request.options.quiet, (earlier or {}).get("asked", {})
     if request.options.memory is not None and earlier is None:
-        with clock.spending("plan"):
+        with clock.spending("choose"):
             request, line = fitted(request, request.options.memory)
         asked = {name: value for name, value in run.request.given.items() if request.given.get(name) != value}
         say(console, quiet, line)
@@ -200,14 +200,13 @@ def _prepare(run: _Entered, console: Console, clock: WallClock) -> _Ready:
         cut, learnt = [*truncation_lines(trainer, rows, eval_rows)], what_is_learnt(trainer, rows)
     for line in cut:
         say(console, False, line)  # a warning
-    with clock.spending("plan"), refused("training"):
-        chosen = choose(request, trainer, console, begun=earlier is not None)
+    with clock.spending("choose"), refused("training"):
+        chosen = choose(request, trainer, begun=earlier is not None)
         attached = celora.attach(trainer.model, chosen.config)
-        require(trainer.model).plan = chosen.plan
     with clock.spending("load"), refused("training"):
         choice = choose_checkpointing(trainer, asked=request.asks_for_checkpointing)
     _smooth_in_the_head(trainer)
-    for line in (rank_line(request), str(learnt), attached_text(attached, chosen.plan), choice):
+    for line in (rank_line(request), str(learnt), str(attached), choice):
         say(console, quiet, line)
     return _Ready(request, trainer, rows, eval_rows, learnt, chosen, attached, made_from, asked)
 
@@ -232,7 +231,7 @@ def _beginning(run: _Entered, trainer: Any, lost: Sequence[str], console: Consol
 
 
 def _open(run: _Entered, ready: _Ready, marker: _Marker, stack: ExitStack) -> _Written:
-    """Begin the output folder: write this run's record, plan, configuration and metrics. In the first process only."""
+    """Begin the output folder: write this run's record, configuration and metrics. In the first process only."""
     folder, options, output, trainer = run.folder, run.request.options, run.request.output, ready.trainer
     with writing_to(output):
         output.mkdir(parents=True, exist_ok=True)
@@ -249,9 +248,7 @@ def _open(run: _Entered, ready: _Ready, marker: _Marker, stack: ExitStack) -> _W
     adapter_step = (run.earlier or {}).get("adapter_step")  # of the adapter beside this file
     record |= {"adapter_step": adapter_step, "steps": marker["steps"]}
     write_json(output / RUN, record)
-    if chosen.plan is not None:
-        chosen.plan.save(output / PLAN)
-    chosen.config.save(output / CONFIG)  # last: a resumed run that finds it and no plan goes on without a plan
+    chosen.config.save(output / CONFIG)
     metrics = MetricsWriter(
         output / METRICS, after_step=marker["step"], seconds=marker["seconds"], phases=trainer.phases
     )
@@ -317,16 +314,13 @@ def _leave(ready: _Ready, folder: OutputFolder, written: _Written, status: str) 
         folder.restore()  # nothing was trained, so the earlier run stays, or none
     if metrics is None or not (trained or (status == "interrupted" and aside is None)):
         return
-    errors = {
-        "errors": require(trainer.model).relative_errors,
-        "planned_errors": planned_errors(ready.chosen.plan, ready.attached.estimated),
-    }
+    errors = require(trainer.model).relative_errors
     forwards = require(trainer.model).forwards
     exact = sorted(forwards.made_exact)
-    summary = summarise(trainer, metrics, ready.attached) | worst(**errors) | of_forwards(forwards.errors, exact)
+    summary = summarise(trainer, metrics, ready.attached) | worst(errors) | of_forwards(forwards.errors, exact)
     moves = [asdict(move) for move in require(trainer.model).ladder.moves]
     written.record |= {"forward_errors": forwards.errors, "forwards_made_exact": exact}
-    written.record |= {"status": status, "summary": summary, "moves": moves} | errors
+    written.record |= {"status": status, "summary": summary, "moves": moves, "errors": errors}
     # If the run failed, writing may fail for the same reason. The user should hear the first reason.
     with suppress(CELoraError) if status == "failed" else nullcontext():
         _write(ready, folder, written.record)

@@ -7,8 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-PARTS = ("start", "load", "tokenise", "plan", "train", "evaluate", "save", "report", "compare")
-SHOWN = {"plan": "choose"}  # what users read: most runs make no plan
+PARTS = ("start", "load", "tokenise", "choose", "train", "evaluate", "save", "report", "compare")
 
 
 class WallClock:
@@ -17,7 +16,7 @@ class WallClock:
     - `start`: imports, and looking at the arguments and the output folder.
     - `load`: reading model and rows, and measuring whether a step fits into memory.
     - `tokenise`: turning rows into tokens, and counting what is learnt and what is cut off.
-    - `plan`: choosing settings for `--memory`, choosing what is estimated, and attaching it.
+    - `choose`: choosing settings for `--memory`, choosing what is estimated, and attaching it.
     - `train`, `evaluate`, `save`: as their names say.
     - `report`: writing the report, also while the run trains.
     - `compare`: measuring what PEFT alone would have taken.

@@ -26,8 +26,8 @@ from celora.machine.processes import in_company
 from celora.machine.timing import timed
 from celora.modeling.int8_base import held_in_8_bits
 from celora.modeling.switch import Mode
-from celora.planning.gradients import training
 from celora.runtime.attachment import Attachment, require
+from celora.runtime.gradients import training
 
 _SHARE = 0.1  # of the training's time that the measurement may take
 _FEWEST, _PAIRS = 2, 4  # pairs of PEFT's and celora's, at least and at most; the first warms up

@@ -4,7 +4,7 @@ In and out: as the operations of `kernels.operations`. Those without a docstring
 
 At these sizes the passes decide: scaling, rounding and scattering with torch's operators costs more than the product,
 and a softmax over a vocabulary more than the projection onto it. Where there is no library (`build`), everything works
-through torch's operators, slower; the planner measures what it gets, so it assumes nothing.
+through torch's operators, slower; the gate times what it gets, so it assumes nothing.
 """
 
 from __future__ import annotations

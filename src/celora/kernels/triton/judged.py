@@ -122,7 +122,7 @@ def why_not(operation: str) -> Callable[[torch.device], str]:
             return cannot
         found = verdict(device)
         if found is None:
-            return "Triton's kernels were not timed on this GPU, which a plan does (celora plan)"
+            return "Triton's kernels were not timed on this GPU, which python -m benchmarks.gpu does"
         if operation in found.operations:
             return ""
         return f"Triton's kernel {found.wrong.get(operation, 'was slower here than torch')}"

@@ -3,7 +3,6 @@
 from celora.numerics.estimators.base import Estimator, Settings
 from celora.numerics.estimators.columns import Columns
 from celora.numerics.estimators.dense import Dense, Fp8, Int8
-from celora.numerics.estimators.observed import Finding, Observed
 from celora.numerics.estimators.registry import ESTIMATORS, estimator_class, make_estimator, register_estimator
 from celora.numerics.estimators.tokens import Tokens
 
@@ -12,10 +11,8 @@ __all__ = [
     "Columns",
     "Dense",
     "Estimator",
-    "Finding",
     "Fp8",
     "Int8",
-    "Observed",
     "Settings",
     "Tokens",
     "estimator_class",

@@ -3,24 +3,18 @@
 In ordinary training steps, `estimate` computes the backward. In refresh steps the backward is exact. There `observe`
 sees every gradient, and `select` makes the selection for the next steps from them. An estimator that selects in every
 call is `ready` from the start.
-
-A planner asks an estimator four questions: which settings to consider (`candidates`), how large the error of a setting
-is (`judge`), what has to be timed for it (`timed_as`), and how much memory it takes (`memory`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from celora.errors import CELoraError, unknown
-from celora.numerics.estimators.observed import Finding, Observed
-from celora.numerics.products.int8 import stored_bytes
 from celora.numerics.products.registry import make_product
 
 Selection = Literal["topk", "energy", "sampled"]
@@ -82,7 +76,7 @@ class Estimator(ABC):
     Keyword arguments are the fields of `Settings`.
 
     Attributes:
-        name: its name in configurations and plans.
+        name: its name in configurations.
         uses: the settings that it uses.
         selections: the values of `selection` that the class implements; `make_estimator` finds the class for others.
         keep_ratio: the share that is kept; `target_error` changes it while training.
@@ -96,7 +90,6 @@ class Estimator(ABC):
     name: ClassVar[str]
     uses: ClassVar[frozenset[str]] = frozenset({"seed"})
     selections: ClassVar[tuple[Selection, ...]] = ("topk",)
-    lent: ClassVar[bool] = False  # whether 8-bit products use the bytes of a base in 8 bits, instead of a copy
 
     def __init__(self, out_features: int, in_features: int, **settings: Any) -> None:
         for name, value in settings.items():
@@ -205,33 +198,7 @@ class Estimator(ABC):
     def load_state_dict(self, state: dict[str, Tensor]) -> None:  # noqa: B027 - optional by design
         """Restore a state from `state_dict`. Raises CELoraError if it does not fit this layer."""
 
-    # For planners.
-
-    @classmethod
-    def candidates(cls, out_features: int, in_features: int, device: torch.device) -> Iterable[Mapping[str, Any]]:
-        """The settings that a plan considers for a layer of this shape on this device. The default is none.
-
-        The planner drops settings that are `unavailable`, or whose product is known to be slow there.
-        """
-        return ()
-
-    def judge(self, observed: Observed) -> Finding:
-        """The error of `estimate` on an observed gradient, rounding included. Call it when `ready`."""
-        return Finding(observed.relative_error(self.estimate(observed.grad_output, observed.weight)))
-
-    def timed_as(self, kept: float) -> list[tuple[Mapping[str, Any], float]]:
-        """Which settings to time instead: pairs (changed settings, weight), with `time = sum weight * time_i`.
-
-        `kept` is the mean over its findings. The default times the estimate itself, with its own settings.
-        """
-        return [({}, 1.0)]
-
     def memory(self, dtype: torch.dtype) -> int:
         """Bytes that it stores in addition to a weight in `dtype`: an 8-bit copy, factors."""
         copies = self.settings.precision != "native" and self.settings.weight_copy
         return self.out_features * self.in_features if copies else 0
-
-    def borrows(self, weight: Tensor) -> bool:
-        """Whether its 8-bit copy is not made for this weight: the bytes of a base in 8 bits are multiplied with."""
-        in_8_bits = stored_bytes(weight) is not None
-        return self.lent and in_8_bits and self.settings.precision == "int8" and self.settings.weight_copy

@@ -12,9 +12,7 @@ Source: CE-LoRA, arXiv 2502.01378 (approximated matrix multiplication and Double
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,15 +20,12 @@ from torch.distributed.tensor import DTensor
 
 from celora.errors import CELoraError
 from celora.kernels.operations import linear
-from celora.numerics.estimators.base import Estimator, Precision
+from celora.numerics.estimators.base import Estimator
 from celora.numerics.estimators.more.gradient_factor import make_factor
-from celora.numerics.estimators.observed import Finding, Observed
 from celora.numerics.factor import replaced
 from celora.numerics.select import column_scores, columns_of, measurable, squared_column_norms, top_k
 from celora.weights.sharded import RowGather, rows_alone
 from celora.weights.stored import SelectedRows, rows_of
-
-PLANNED = (0.75, 0.5)  # the keep ratios that a plan considers
 
 
 class Columns(Estimator):
@@ -233,18 +228,6 @@ class Columns(Estimator):
     def _fits(self, columns: int) -> bool:
         """Whether this layer can have a selection of so many columns."""
         return columns == self.kept
-
-    @classmethod
-    def candidates(cls, out_features: int, in_features: int, device: torch.device) -> Iterable[Mapping[str, Any]]:
-        return [{"keep_ratio": keep, "precision": bits} for bits in get_args(Precision) for keep in PLANNED]
-
-    def judge(self, observed: Observed) -> Finding:
-        rounding = observed.rounding(self.product)
-        if self.keeps_all:
-            return Finding(rounding)
-        index = self._selected(observed.grad_output, observed.weight)
-        estimate = self._native(observed.grad_output, observed.weight, index)
-        return Finding(math.hypot(observed.relative_error(estimate), rounding))
 
     def memory(self, dtype: torch.dtype) -> int:
         copy = super().memory(dtype) * self.settings.keep_ratio  # of the kept rows

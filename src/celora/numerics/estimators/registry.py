@@ -23,10 +23,10 @@ Kind = TypeVar("Kind", bound=type[Estimator])
 
 
 def register_estimator(cls: Kind) -> Kind:
-    """Make an estimator known by its `name` to configurations, plans, audits, checkpoints and reports.
+    """Make an estimator known by its `name` to configurations, audits, checkpoints and reports.
 
     Call it, or use it as a decorator of the class, in every program that trains with the estimator, or that reads a
-    configuration or plan with its name. It replaces a class of the same module and name, so that a notebook's cell can
+    configuration with its name. It replaces a class of the same module and name, so that a notebook's cell can
     run again.
 
     Raises:

@@ -11,8 +11,6 @@ Source: ours; skipping tokens in backward was also proposed by SEBP and TokenDro
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -22,12 +20,7 @@ from celora.kernels.operations import linear, squared_row_norms
 from celora.machine.device import reads_freely
 from celora.numerics.estimators.base import Estimator, Selection
 from celora.numerics.estimators.more.gradient_factor import make_factor
-from celora.numerics.estimators.observed import Finding, Observed
 from celora.numerics.select import energy_count, measurable, rounded_up
-
-# Shares of the squared gradient norm that a plan considers; 1 leaves out only what is exactly zero.
-PLANNED = (1.0, 0.9999, 0.9997, 0.999, 0.997, 0.995, 0.99, 0.98, 0.97, 0.95, 0.92, 0.88, 0.8, 0.7, 0.6, 0.5, 0.35, 0.2)
-TIMED = (0.125, 0.25, 0.5, 0.75, 1.0)  # shares of the tokens; times in between are interpolated
 
 
 class Tokens(Estimator):
@@ -44,7 +37,6 @@ class Tokens(Estimator):
     """
 
     name = "tokens"
-    lent = True
     uses = frozenset({"keep_ratio", "rank", "selection", "factor", "precision", "weight_copy", "forward", "seed"})
     selections: ClassVar[tuple[Selection, ...]] = ("topk", "energy")
 
@@ -138,41 +130,9 @@ class Tokens(Estimator):
         self._share, self._needed = float(state.get("share", 0)) or None, None
         self.factor.load_state_dict(state, self.in_features)
 
-    @classmethod
-    def candidates(cls, out_features: int, in_features: int, device: torch.device) -> Iterable[Mapping[str, Any]]:
-        arithmetic = [("native", True), *((bits, copy) for bits in ("int8", "fp8") for copy in (True, False))]
-        return [
-            {"keep_ratio": share, "selection": "energy", "precision": bits, "weight_copy": copy}
-            for bits, copy in arithmetic
-            for share in PLANNED
-        ]
-
-    def judge(self, observed: Observed) -> Finding:
-        """The error of leaving tokens out is the norm of their exact rows, so no estimate has to be computed."""
-        if self.settings.rank:
-            return super().judge(observed)
-        tokens, device = observed.grad_output.shape[0], observed.grad_output.device
-        if self.settings.selection == "topk":
-            kept = max(1, round(self.keep_ratio * tokens))
-        else:
-            kept = rounded_up(observed.needed(self.keep_ratio), tokens, self.product.grain(tokens, device))
-        return Finding(math.hypot(observed.lost(kept), observed.rounding(self.product)), kept / tokens)
-
-    def timed_as(self, kept: float) -> list[tuple[Mapping[str, Any], float]]:
-        """The time of a share of the tokens is interpolated between two shares that are timed."""
-        i = next((i for i in range(len(TIMED) - 2) if kept <= TIMED[i + 1]), len(TIMED) - 2)
-        along = (kept - TIMED[i]) / (TIMED[i + 1] - TIMED[i])
-        weights = {TIMED[i]: 1 - along, TIMED[i + 1]: along}
-        return [(_timed(share), weight) for share, weight in weights.items() if weight]
-
     def memory(self, dtype: torch.dtype) -> int:
         factor = self.settings.rank * (self.out_features + self.in_features) * dtype.itemsize
         return super().memory(dtype) + factor
-
-
-def _timed(share: float) -> dict[str, Any]:
-    """The settings that keep this share of the tokens. For a share of 1, `topk` would not compute the norms."""
-    return {"keep_ratio": share, "selection": "energy" if share == 1 else "topk"}
 
 
 def low_rank(grad_output: Tensor, U: Tensor, V: Tensor) -> Tensor:

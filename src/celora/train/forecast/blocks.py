@@ -23,7 +23,6 @@ import numpy as np
 import torch
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
-from rich.console import Console
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -33,7 +32,7 @@ from celora.kernels.backends import torch_alone
 from celora.modeling.int8_base import held_in_8_bits, quantise_base
 from celora.runtime.attachment import require
 from celora.train.checkpointing import checkpointed, kept_by
-from celora.train.planning import settled, tokens_of
+from celora.train.choose import settled, tokens_of
 from celora.train.request.arguments import TrainRequest
 from celora.train.rows.truncation import row_lengths
 
@@ -204,7 +203,7 @@ def measure(
 
 
 def count(request: TrainRequest, build: Build, config: Any, dtype: torch.dtype, *, int8: bool) -> Cost:
-    """The bytes of a step with torch's operators alone, as on a GPU for which there is no plan. Times no step.
+    """The bytes of a step with torch's operators alone, as on a GPU. Times no step.
 
     Raises:
         CELoraError: a token passes only some of the model's experts, so numbers do not tell operations.
@@ -300,7 +299,7 @@ def settled_config(request: TrainRequest, probe: Any) -> Any:
     """What a run of this request attaches."""
     if request.preset not in ("auto", "fast"):
         return request.config
-    return settled(request, probe, Console(stderr=True, quiet=True)).config
+    return settled(request, probe).config
 
 
 def seconds(probe: Any, batch: Mapping[str, Any], optimizer: Any) -> float:

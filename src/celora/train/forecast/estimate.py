@@ -57,7 +57,7 @@ from celora.train.loading import (
 )
 from celora.train.prepare import MEASURES_ONLY
 from celora.train.processes import processes
-from celora.train.request.arguments import PLANNING, TrainRequest, make_request, sft_config
+from celora.train.request.arguments import TrainRequest, make_request, sft_config
 from celora.train.rows.answers import learnt_tokens
 from celora.train.rows.truncation import row_lengths, truncation_lines
 from celora.train.trainer import build_trainer, check_tokens
@@ -411,7 +411,7 @@ def _all_ways(
 
 
 def _presets(request: TrainRequest, usual: tuple[str, ...]) -> tuple[str, ...]:
-    if all(getattr(request.options, name) is None for name in ("preset", "celora", *PLANNING)):  # a plan is auto's
+    if all(getattr(request.options, name) is None for name in ("preset", "celora")):
         return usual
     return (request.preset or OWN,)
 

@@ -20,18 +20,18 @@ from filelock import FileLock, Timeout
 
 from celora.errors import CELoraError
 from celora.files import clear, read_json
-from celora.settings.names import CONFIG_NAME, PLAN_NAME
+from celora.settings.names import CONFIG_NAME
 from celora.train.output.manifest import read_manifest, sealed, unseal
 from celora.train.processes import is_first
 
 RUN, METRICS, REPORT, CARD = "run.json", "metrics.jsonl", "report.html", "README.md"
-CONFIG, PLAN = CONFIG_NAME, PLAN_NAME
+CONFIG = CONFIG_NAME
 LOCK, SAVING = "_celora.lock", ".adapter.tmp"
 _FOLDERS = (SAVING, "additional_chat_templates")  # the second: of a tokenizer with several
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
 _DAMAGED = ".damaged"
 _NAMES = (
-    r"run\.json|metrics\.jsonl|report\.html|loss\.svg|celora_(config|plan)\.json|README\.md|training_args\.bin"
+    r"run\.json|metrics\.jsonl|report\.html|loss\.svg|celora_config\.json|README\.md|training_args\.bin"
     r"|adapter_config\.json|adapter_model\.(safetensors|bin)|chat_template\.jinja|processor_config\.json"
     r"|(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json|merges\.txt|vocab\.txt"
     r"|(tokenizer|spiece|sentencepiece\.bpe)\.model"

@@ -34,13 +34,12 @@ from celora.train.request.model_init import with_own_names
 from celora.train.request.yaml_file import read_document
 
 DEFAULT_PRESET = "auto"
-PLANNING = ("fidelity", "memory_limit", "plan")  # only preset auto takes these
 # Presets whose adapter and frozen factor fit into LoRA's memory together: r = r0 = floor(7/8 lora_r), as published.
 BALANCED = frozenset({"paper"})
 # Arguments that --resume may change. Any other would make the rest a different run.
 RESUMABLE = ("max_steps", "num_train_epochs", "quiet", "report_to", "run_name", "log_level", "disable_tqdm")
 RESUMABLE_PREFIXES = ("logging_", "save_", "eval_", "per_device_eval_", "dataloader_num_", "dataloader_pin_", "hub_")
-PATHS = ("model", "data", "eval_data", "output", "plan", "chat_template_path", "deepspeed")
+PATHS = ("model", "data", "eval_data", "output", "chat_template_path", "deepspeed")
 SECRETS = frozenset({"hub_token", "push_to_hub_token"})  # never written into a folder
 
 
@@ -177,15 +176,6 @@ def make_request(raw: Mapping[str, object]) -> TrainRequest:
         train["eval_steps"] = train["save_steps"]  # every saved adapter needs an evaluation
     config, r = estimator_config(options.preset, options.celora, lora["lora_r"])
     preset = options.preset or (None if options.celora else DEFAULT_PRESET)
-    for name in PLANNING:
-        if getattr(options, name) is not None and preset != "auto":
-            raise CELoraError(
-                f"{name} is for preset auto, not for {preset or 'settings without a preset'}; leave one out"
-            )
-    if options.fidelity is not None and not 0 < options.fidelity <= 1:
-        raise CELoraError(f"fidelity={options.fidelity}; expected a cosine, 0 < fidelity <= 1")
-    if options.memory_limit is not None and options.memory_limit < 0:
-        raise CELoraError(f"memory_limit={options.memory_limit}; expected MiB, 0 or more")
     if options.base is not None:
         _check_base(options.base, lora | train)
     return TrainRequest(
@@ -215,14 +205,12 @@ def raw_arguments(tokens: Sequence[str], own: Mapping[str, object] | None = None
     document = read_yaml(str(named)) if named else {}
     if isinstance(preset := flags.get("preset"), str):
         document = fitting(document, preset)
-    others = ("plan",) if {"fidelity", "memory_limit"} & flags.keys() else PLANNING if "plan" in flags else ()
-    return {name: value for name, value in document.items() if name not in others} | flags
+    return document | flags
 
 
 def fitting(settings: Mapping[str, Any], preset: str) -> dict[str, Any]:
-    """The settings without those that a preset cannot have: a plan's unless it is auto, celora's own if it is off."""
-    nothing = (() if preset == "auto" else PLANNING) + (("celora",) if preset == "off" else ())
-    return {name: value for name, value in settings.items() if name not in nothing}
+    """The settings without celora's own if the preset is off."""
+    return {name: value for name, value in settings.items() if preset != "off" or name != "celora"}
 
 
 def parse(tokens: Sequence[str], own: Mapping[str, object] | None = None) -> TrainRequest:
@@ -232,9 +220,6 @@ def parse(tokens: Sequence[str], own: Mapping[str, object] | None = None) -> Tra
     the same command line.
     """
     raw = raw_arguments(tokens, own)
-    beside = [name for name in ("fidelity", "memory_limit") if raw.get(name) is not None]
-    if raw.get("plan") is not None and beside:
-        raise CELoraError(f"{beside[0]} beside a plan, which is used unchanged; leave out one")
     if not raw.get("resume"):
         return make_request(raw)
     if not raw.get("output"):

@@ -21,6 +21,7 @@ from typing import Any
 
 from celora.errors import CELoraError, unknown
 from celora.files import pairs_once
+from celora.settings.names import GONE
 from celora.train.request.names import launcher_names, trl_names
 
 # Defaults that differ from TRL's, and why. `device_defaults` adds machine-dependent ones.
@@ -168,14 +169,7 @@ class RunOptions:
     resume: bool = field(default=False, metadata={"help": "continue from the last complete checkpoint"})
     overwrite: bool = field(default=False, metadata={"help": "replace the run that is in the output folder"})
     quiet: bool = field(default=False, metadata={"help": "print warnings and errors only"})
-    fidelity: float | None = field(
-        default=None, metadata={"help": "preset auto: plan first, for this cosine of the LoRA gradient, in (0, 1]"}
-    )
-    memory_limit: float | None = field(
-        default=None, metadata={"help": "preset auto: plan first, with this many MiB for all 8-bit copies of weights"}
-    )
     base: str | None = field(default=None, metadata={"help": "int8: store the base in 8 bits", "choices": ["int8"]})
-    plan: str | None = field(default=None, metadata={"help": "preset auto: a plan made by celora plan, used unchanged"})
     memory: str | None = field(default=None, metadata={"help": "8GiB: the fastest settings that are estimated to fit"})
     celora: dict[str, Any] | None = field(default=None, metadata={"help": "CELoraConfig fields (YAML mapping or JSON)"})
 
@@ -360,6 +354,8 @@ def _known(name: str, label: str, known: Collection[str]) -> str:
     name = ALIASES.get(name, name)
     if name in known:
         return name
+    if name in GONE:
+        raise CELoraError(f"{label} is gone: {GONE[name]}")
     if name in launcher_names():
         raise CELoraError(f"{label} belongs to the launcher: accelerate launch --{name} ... -m celora train ...")
     nearest = SYNONYMS.get(name.lower()) or next(iter(difflib.get_close_matches(name, [*known, *ALIASES], n=1)), None)

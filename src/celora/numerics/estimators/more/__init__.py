@@ -1,4 +1,4 @@
-"""Variants that no plan chooses, but a configuration can ask for: columns by energy, sampling, the gradients' factor.
+"""Variants that no preset uses, but a configuration can ask for: columns by energy, sampling, the gradients' factor.
 
 Each is a subclass of the class that it varies. `celora.numerics.estimators.registry` picks it by the settings.
 """

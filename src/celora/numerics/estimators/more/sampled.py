@@ -13,7 +13,6 @@ from torch import Tensor
 
 from celora.errors import CELoraError
 from celora.kernels.operations import linear, squared_row_norms
-from celora.numerics.estimators.base import Estimator
 from celora.numerics.estimators.columns import Columns
 from celora.numerics.estimators.tokens import Tokens, low_rank
 from celora.numerics.sampling import as_weights
@@ -29,7 +28,6 @@ class SampledColumns(Columns):
     """
 
     selections = ("sampled",)
-    judge = Estimator.judge  # no closed form of its error
 
     def __init__(self, out_features: int, in_features: int, **settings: Any) -> None:
         super().__init__(out_features, in_features, **settings)
@@ -87,7 +85,6 @@ class SampledTokens(Tokens):
     """Draws `round(keep_ratio * T)` tokens by `||G[t]||`. With a factor, it draws from the rest, `G W - (G U) V`."""
 
     selections = ("sampled",)
-    judge = Estimator.judge  # no closed form of its error
 
     def __init__(self, out_features: int, in_features: int, **settings: Any) -> None:
         super().__init__(out_features, in_features, **settings)

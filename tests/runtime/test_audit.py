@@ -116,8 +116,7 @@ def test_leaves_everything_untouched() -> None:
         assert value.equal(found[name])
 
 
-@pytest.mark.parametrize("measure", [celora.audit, lambda model, batch: celora.make_plan(model, [batch])])
-def test_an_optimizer_in_the_backward_makes_no_step(measure: Any) -> None:
+def test_an_optimizer_in_the_backward_makes_no_step() -> None:
     """PyTorch's recipe: a hook of each parameter makes the step as soon as its gradient is there."""
     model = make_model()
     celora.attach(model, HALF)
@@ -130,7 +129,6 @@ def test_an_optimizer_in_the_backward_makes_no_step(measure: Any) -> None:
         parameter.grad = None
 
     hooks = [p.register_post_accumulate_grad_hook(step) for p in model.parameters() if p.requires_grad]
-    measure(model, make_batch(5))
     assert celora.audit(model, make_batch(5)).cosine == expected < 1
     assert not stepped
     assert all(value.equal(adapter(model)[name]) for name, value in before.items())

@@ -13,9 +13,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 import celora
 from celora import CELoraConfig, CELoraError
-from celora.planning.fidelity import Fidelity
-from celora.planning.upcast import in_float32
 from celora.runtime.attachment import require
+from celora.runtime.fidelity import Fidelity
+from celora.runtime.upcast import in_float32
 from patching import patch_all
 from small import flat_gradient, make_base, make_batch, make_model
 

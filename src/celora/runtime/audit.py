@@ -16,10 +16,10 @@ from celora.errors import CELoraError
 from celora.machine.device import in_float64
 from celora.modeling.switch import Mode
 from celora.numerics.measured import Measured
-from celora.planning.fidelity import Fidelity, FromFloat32
-from celora.planning.gradients import gradient, on_device, trainable, training, untouched
-from celora.planning.upcast import in_float32, without_dropout
 from celora.runtime.attachment import Attachment, require
+from celora.runtime.fidelity import Fidelity, FromFloat32
+from celora.runtime.gradients import gradient, on_device, trainable, training, untouched
+from celora.runtime.upcast import in_float32, without_dropout
 from celora.settings.names import HEAD
 from celora.weights.sharded import whole
 

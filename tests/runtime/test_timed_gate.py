@@ -15,9 +15,8 @@ from torch import Tensor
 import celora
 from celora.modeling.int8_linear import Int8Linear
 from celora.modeling.survey import survey
-from celora.planning.candidates import EXACT
-from celora.planning.fastest import _over_exact, gate
 from celora.runtime.attachment import require
+from celora.runtime.gate import EXACT, _over_exact, gate
 from celora.settings.config import LayerConfig
 from celora.settings.presets import PRESETS, by_rule
 from machine import refuses
@@ -34,9 +33,14 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
+def _integers_may_pay(integers_may_pay: None) -> None:
+    """Nothing but times decides."""
+
+
+@pytest.fixture(autouse=True)
 def _few_words(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if 61 words were many."""
-    patch_all(monkeypatch, "celora.planning.fastest:_LEAST_WORDS", 0)
+    patch_all(monkeypatch, "celora.runtime.gate:_LEAST_WORDS", 0)
 
 
 def times(monkeypatch: pytest.MonkeyPatch, *milliseconds: float) -> list[int]:
@@ -98,15 +102,15 @@ def test_the_times_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_large_weights_are_cut_and_tokens_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
     """With few tokens, any product takes the time of reading the weight, and a head of many words would stay exact."""
     times(monkeypatch, 10.0, 6.0, 9.0)
-    patch_all(monkeypatch, "celora.planning.fastest:_MOST_NUMBERS", 512 * 48 * 32)
-    patch_all(monkeypatch, "celora.planning.fastest:_FEWEST_ROWS", 16)
+    patch_all(monkeypatch, "celora.runtime.gate:_MOST_NUMBERS", 512 * 48 * 32)
+    patch_all(monkeypatch, "celora.runtime.gate:_FEWEST_ROWS", 16)
     timed: list[tuple[int, int]] = []
 
-    def shares_of(weight: Tensor, tokens: int, shares: Sequence[float]) -> tuple[dict[str, Callable[[], object]], int]:
+    def shares_of(weight: Tensor, tokens: int, shares: Sequence[float]) -> dict[str, Callable[[], object]]:
         timed.append((len(weight), tokens))
-        return {str(share): lambda: None for share in shares}, tokens
+        return {str(share): lambda: None for share in shares}
 
-    patch_all(monkeypatch, "celora.planning.head_evidence:shares_of", shares_of)
+    patch_all(monkeypatch, "celora.runtime.gate:shares_of", shares_of)
     told = gate(survey(make_model()), AUTO)
     assert timed == [(32, 512)]
     assert {timing["tokens"] for timing in told.timings} == {512}
@@ -127,8 +131,8 @@ def test_on_an_accelerator_a_weight_in_float32_may_be_multiplied_in_bfloat16(
     bfloat16: float, trains_in: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Under autocast it is. Estimates must be faster than that."""
-    monkeypatch.setattr("celora.planning.fastest.reads_freely", lambda device: False)
-    monkeypatch.setattr("celora.planning.fastest.time_over_float32", lambda dtype, device: bfloat16)
+    monkeypatch.setattr("celora.runtime.gate.reads_freely", lambda device: False)
+    monkeypatch.setattr("celora.runtime.gate.time_over_float32", lambda dtype, device: bfloat16)
     found: list[list[torch.dtype]] = []
     heads: list[torch.dtype] = []
 
@@ -136,12 +140,12 @@ def test_on_an_accelerator_a_weight_in_float32_may_be_multiplied_in_bfloat16(
         found.append([call().dtype for call in contenders.values()])
         return dict.fromkeys(contenders, 1.0)
 
-    def shares_of(weight: Tensor, tokens: int, shares: Sequence[float]) -> tuple[dict[str, Callable[[], Tensor]], int]:
+    def shares_of(weight: Tensor, tokens: int, shares: Sequence[float]) -> dict[str, Callable[[], Tensor]]:
         heads.append(weight.dtype)
-        return {str(share): lambda: weight for share in shares}, tokens
+        return {str(share): lambda: weight for share in shares}
 
     patch_all(monkeypatch, "celora.machine.timing:ratios", ratios)
-    patch_all(monkeypatch, "celora.planning.head_evidence:shares_of", shares_of)
+    patch_all(monkeypatch, "celora.runtime.gate:shares_of", shares_of)
     gate(survey(make_model()), AUTO, tokens=16, labelled=16)
     assert [exact for exact, *_ in found] == [trains_in] * 5
     assert {dtype for _, *estimates in found[:4] for dtype in estimates} == {trains_in}
@@ -182,13 +186,12 @@ def test_auto_keeps_the_exact_forward(
         assert layer.forward == "exact"
 
 
-def test_on_a_gpu_without_a_plan_auto_is_exact_and_fast_is_what_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """auto was not tried on a GPU. So a plan, made on the user's own GPU, comes first."""
-    patch_all(monkeypatch, "celora.kernels.triton.judged:planned_on", lambda device: False)
+def test_on_a_gpu_auto_is_exact_and_fast_is_what_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What estimates gain on a GPU was not measured."""
+    patch_all(monkeypatch, "celora.runtime.gate:_untried", lambda config, device: config.forward == "exact")
     model = make_model()
     seen = times(monkeypatch, 10.0, 3.0, 6.0, 9.0)
-    with pytest.warns(UserWarning, match="no layer is estimated on this GPU until a plan was made on it"):
-        config = gate(survey(model), AUTO).config
+    config = gate(survey(model), AUTO).config
     assert seen == []
     assert config.head_keep_ratio == 1
     assert {config.for_layer(name).estimator for name in survey(model).layers} == {"dense"}
@@ -266,7 +269,7 @@ def test_only_the_layer_that_was_timed_gets_the_result(monkeypatch: pytest.Monke
         exact, estimate = took[layer.out_features]
         return (EXACT if estimate > exact else own), {}
 
-    patch_all(monkeypatch, "celora.planning.fastest:_fastest", fastest)
+    patch_all(monkeypatch, "celora.runtime.gate:_fastest", fastest)
     config = gate(survey(model), asked).config
     assert {name: config.for_layer(name).estimator == "dense" for name in slow} == slow
 
@@ -347,7 +350,7 @@ def test_a_small_vocabulary_keeps_more(
 ) -> None:
     """The head has 61 words. A draw of fewer than the targets is mostly noise."""
     times(monkeypatch, 10.0, 6.0, 6.5, 9.0)
-    patch_all(monkeypatch, "celora.planning.fastest:_LEAST_WORDS", least)
+    patch_all(monkeypatch, "celora.runtime.gate:_LEAST_WORDS", least)
     assert gate(survey(make_model()), config).config.head_keep_ratio == share
     assert gate(survey(make_model()), config, given=["head_keep_ratio"]).config.head_keep_ratio == 0.1  # the user's
 
@@ -355,7 +358,7 @@ def test_a_small_vocabulary_keeps_more(
 def test_a_share_of_the_words_that_was_given_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another machine's times would decide otherwise, and a resumed training could not go on there."""
     seen, asked = times(monkeypatch, 10.0, 12.0, 9.0), dataclasses.replace(AUTO, head_keep_ratio=0.3)
-    patch_all(monkeypatch, "celora.planning.fastest:_LEAST_WORDS", 1)
+    patch_all(monkeypatch, "celora.runtime.gate:_LEAST_WORDS", 1)
     assert gate(survey(make_model()), asked, given=["head_keep_ratio"]).config.head_keep_ratio == 0.3
     of_layers = len(seen)
     assert gate(survey(make_model()), asked).config.head_keep_ratio == 1.0

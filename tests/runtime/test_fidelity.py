@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from celora import CELoraError
-from celora.planning.fidelity import Fidelity
+from celora.runtime.fidelity import Fidelity
 
 
 def test_fidelity_of_zero_gradients() -> None:

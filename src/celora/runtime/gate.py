@@ -3,14 +3,14 @@
 Layers of one shape, dtype and device are timed together. The contenders take turns: products in 8 bits (preset `fast`:
 in both directions, and with an exact forward), products of the same tokens in the gradient's own dtype, and PEFT's
 products. The fastest wins. The vocabulary projection is timed in the same way. Times are stored in the user's cache.
-On a GPU, preset `auto` estimates nothing until a plan was made there: no GPU was at hand to try it on.
+On a GPU, preset `auto` estimates nothing: what estimates gain there was not measured.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import warnings
-from collections.abc import Callable, Collection, Mapping
+import functools
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,6 @@ from torch.distributed.tensor import DTensor
 
 from celora.kernels.backends import chosen
 from celora.kernels.operations import linear
-from celora.kernels.triton.judged import planned_on
 from celora.machine.cache import keep, recall
 from celora.machine.cpu import features, limits
 from celora.machine.device import measured_on, random_states, reads_freely
@@ -31,14 +30,15 @@ from celora.modeling.int8_linear import Int8Linear
 from celora.modeling.language_model import at_hand
 from celora.modeling.survey import AdaptedLayer, Survey
 from celora.modeling.trial import trained_forward
-from celora.planning.candidates import EXACT, make_candidate
-from celora.planning.evidence import MARGIN
-from celora.planning.head_evidence import shares_of
+from celora.numerics.estimators import Estimator, make_estimator
+from celora.numerics.head import chunk_size, through_the_head
 from celora.runtime.ladder import WORDS
 from celora.settings.config import LAYER_FIELDS, CELoraConfig, LayerConfig
 from celora.settings.names import HEAD
 from celora.weights.read import read
 
+EXACT = LayerConfig("dense")
+MARGIN = 0.97  # of the exact time: an estimate must be faster than that, or the gain may be noise
 TOKENS = 512  # products are timed with at most so many on a CPU; the fastest stays the fastest with more
 _ELSEWHERE = 8192  # tokens of a batch on an accelerator, if nobody says how many
 _FEWEST, _MOST_NUMBERS = 16, 2**31  # at least so many tokens; at most so many multiplications in a product
@@ -72,8 +72,7 @@ def gate(
     """Find out which layers' own setting is the fastest on this machine. The others get an override.
 
     The vocabulary projection stays exact if drawing words is not faster, unless `head_forward` is in 8 bits or the user
-    has given a share. A warning says where preset auto estimates no layer because no plan was made on this GPU. If
-    several processes train together, all use what the first one measures.
+    has given a share. If several processes train together, all use what the first one measures.
 
     Args:
         tokens: number of tokens in a batch; None for 512 on a CPU, and 8,192 elsewhere.
@@ -83,12 +82,6 @@ def gate(
     labelled = tokens if labelled is None else labelled
     with random_states({layer.device for layer in found.layers.values() if not cannot_time(layer.device)}):
         overrides, share, timings = made_by_first(lambda: _measured(found, config, tokens, labelled, given))
-    if any(_untried(config, layer.device) for layer in found.layers.values()):
-        warnings.warn(
-            "celora: with an exact forward, no layer is estimated on this GPU until a plan was made on it: "
-            "`celora plan`, or --fidelity. A plan measures what is right and fast there.",
-            stacklevel=3,
-        )
     settled = dataclasses.replace(config, overrides={**config.overrides, **overrides}, head_keep_ratio=share)
     return Gated(settled, tuple(timings))
 
@@ -155,6 +148,13 @@ def _fastest(own: LayerConfig, layer: AdaptedLayer, tokens: int | None) -> tuple
     best = best if ratio < MARGIN else EXACT
     named = {_name(setting): ratio for setting, ratio in zip(settings, over[1:], strict=True)}
     return best, {"dtype": str(dtype), "tokens": tokens, "over_exact": named, "chosen": _name(best)}
+
+
+def make_candidate(setting: LayerConfig, shape: tuple[int, int], device: torch.device) -> Estimator:
+    """The estimator of this setting for a layer of this shape (out_features, in_features) on this device."""
+    estimator = make_estimator(setting.estimator, *shape, vars(setting))
+    estimator.device = device
+    return estimator
 
 
 def _name(setting: LayerConfig) -> str:
@@ -253,7 +253,7 @@ def _share(
     key = {"head": share, "shape": (rows, hidden), "tokens": tokens}
 
     def measure() -> list[float]:
-        calls, _ = shares_of(weight[:rows].to(dtype), tokens, (1.0, share))
+        calls = shares_of(weight[:rows].to(dtype), tokens, (1.0, share))
         return list(ratios(calls, repeats=_REPEATS, device=weight.device).values())
 
     ratio, drawn = _kept(key, 2, dtype, weight.device, measure)[1], f"{share:g} of the words"
@@ -263,9 +263,18 @@ def _share(
     return share if pays else 1.0
 
 
+def shares_of(weight: Tensor, tokens: int, shares: Sequence[float]) -> dict[str, Callable[[], object]]:
+    """Functions that compute the gradient of a chunk of so many tokens' logits, by share of the words."""
+    size = chunk_size(tokens, len(weight))
+    grad = torch.randn(size, len(weight), device=weight.device).to(weight.dtype)
+    out, targets = grad.new_empty(size, weight.shape[1]), torch.zeros(size, dtype=torch.long, device=weight.device)
+    call = functools.partial(through_the_head, grad, weight, targets, out=out, seed=0)
+    return {str(share): functools.partial(call, share) for share in shares}
+
+
 def _untried(config: CELoraConfig, device: torch.device) -> bool:
     """Whether preset auto has to be exact on this device; `fast` is what a user asks for by name."""
-    return config.forward == "exact" and not planned_on(device)
+    return config.forward == "exact" and device.type == "cuda"
 
 
 def _timed(
